@@ -1,0 +1,32 @@
+"""Every name that more than one component must spell the same way."""
+
+from typing import Final
+
+GROUP: Final = "weightsync.dev"
+API_VERSION: Final = "v1alpha1"
+KIND: Final = "WeightSync"
+PLURAL: Final = "weightsyncs"
+
+LABEL_INJECT: Final = f"{GROUP}/inject"
+LABEL_ROLE: Final = f"{GROUP}/role"
+LABEL_NAME: Final = f"{GROUP}/name"
+ANNOTATION_ACTION: Final = f"{GROUP}/action"
+
+TOKEN_AUDIENCE: Final = "weightsync"
+LEASE_NAME: Final = "weightsync-operator"
+
+SESSION_PATH: Final = "/v1/session"
+FLEET_PATH: Final = "/v1/weightsyncs"
+SESSION_PORT: Final = 8443
+METRICS_PORT: Final = 8080
+HEALTH_PORT: Final = 8081
+
+MAX_FRAME_BYTES: Final = 256 * 1024
+"""Largest session frame either side accepts."""
+
+PROTOCOL_MIN: Final = 1
+PROTOCOL_MAX: Final = 1
+"""Range of session protocols this release speaks."""
+
+TENSOR_ALIGNMENT: Final = 256
+"""Every tensor starts at a multiple of this many bytes in a version's flat image."""
