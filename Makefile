@@ -1,0 +1,49 @@
+# make help: what there is. Needs Python 3.11 to 3.13 with venv, and a C compiler.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# vLLM starts five times slower without bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit lint format verify lock apiserver bench clean
+
+help: ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv from the locks; does nothing if it is there (PYTHON=python3.12 names another Python)
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup ## a fleet on this machine: a trainer, inference processes, the operator, a real API server (ARGS=...)
+	@$(BIN)/python -m weightsync_demo $(ARGS)
+
+test: setup ## all tests that need no GPU (ARGS="-k name")
+	@$(BIN)/python -m pytest tests $(ARGS)
+
+unit: setup ## unit tests only
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: setup ## format, lint, types, import contracts
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
+
+format: setup ## rewrite the sources in the one format
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format .
+
+verify: lint unit ## what a change has to pass before it is looked at
+
+lock: setup ## resolve requirements/*.in anew (ARGS="--upgrade-package kopf")
+	@$(BIN)/python scripts/lock.py $(ARGS)
+
+apiserver: setup ## build the API server that the demo and the tests use, once
+	@$(BIN)/python -m weightsync_demo.kube $(ARGS)
+
+bench: setup ## the benchmarks (ARGS=...)
+	@$(BIN)/python -m pytest benchmarks $(ARGS)
+
+clean: ## remove .venv and what tools leave behind
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
