@@ -1,4 +1,4 @@
-"""Dataclasses to JSON and back, checked: a frame is either of the form that the class says, or refused by path.
+"""Dataclasses to JSON and back, checked: a frame has the form that the class says, or is refused by path.
 
 Field names are snake_case here and camelCase on the wire. Unknown fields are ignored (a newer peer may send
 more); a field without a default must be there.

@@ -30,18 +30,21 @@ def encode(message: FromAgent | FromOperator) -> str:
     """One text frame. Raises OversizedError rather than send what the peer would refuse."""
     text = json.dumps({"type": _NAMES[type(message)], **to_document(message)}, separators=(",", ":"))
     if len(text.encode()) > MAX_FRAME_BYTES:
-        raise OversizedError(f"a {_NAMES[type(message)]} frame of {len(text)} bytes exceeds {MAX_FRAME_BYTES}")
+        name = _NAMES[type(message)]
+        raise OversizedError(f"a {name} frame of {len(text)} bytes exceeds {MAX_FRAME_BYTES}")
     return text
 
 
 def decode_from_agent(text: str) -> FromAgent:
     """What an agent sent. Raises MalformedError (OversizedError when too long)."""
-    return _decode(_FROM_AGENT, text)
+    message: FromAgent = _decode(_FROM_AGENT, text)
+    return message
 
 
 def decode_from_operator(text: str) -> FromOperator:
     """What the operator sent. Raises MalformedError (OversizedError when too long)."""
-    return _decode(_FROM_OPERATOR, text)
+    message: FromOperator = _decode(_FROM_OPERATOR, text)
+    return message
 
 
 def _decode(table: dict[str, Any], text: str) -> Any:

@@ -1,8 +1,8 @@
 """One event a line, as JSON or as text, through the standard library's logging.
 
-``log = logs.get(__name__)``, then ``log.info("session opened", pod=..., seconds=...)``: the first argument is a
-constant that can be searched for, everything that varies is a field. Records of other libraries' loggers come
-out in the same form.
+``log = logs.get(__name__)``, then ``log.info("session opened", pod=..., seconds=...)``: the first argument is
+a constant that can be searched for, everything that varies is a field. Records of other
+libraries' loggers come out in the same form.
 """
 
 import json
@@ -50,7 +50,7 @@ def get(name: str) -> Log:
 
 
 def configure(form: str = "text", level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Send every record of the process to ``stream`` (standard error unless given) in ``form``, one of FORMATS."""
+    """Send each record of the process to ``stream`` (default: standard error) in ``form``, one of FORMATS."""
     if form not in FORMATS:
         raise ValueError(f"log format {form!r} is none of {', '.join(FORMATS)}")
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)

@@ -62,7 +62,7 @@ def aligned(nbytes: int) -> int:
 class Manifest:
     """The tensors of a version in wire order.
 
-    The flat image of a version is ``nbytes`` long; tensor ``i`` starts at ``offsets[i]`` and the gaps are zero.
+    The flat image of a version is ``nbytes`` long; tensor ``i`` starts at ``offsets[i]``, the gaps are zero.
     Raises ManifestError when built from tensors that no version can have.
     """
 
@@ -110,7 +110,7 @@ class Manifest:
     def from_lists(
         cls, names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Iterable[int]]
     ) -> Self:
-        """Build from the three parallel lists of a weight update. Raises ManifestError when lengths differ."""
+        """Build from a weight update's three parallel lists. Raises ManifestError when lengths differ."""
         for label, other in (("dtype_names", dtype_names), ("shapes", shapes)):
             if len(other) != len(names):
                 raise ManifestError(
@@ -133,7 +133,8 @@ def _check(tensors: tuple[TensorSpec, ...]) -> None:
         raise ManifestError(PublishCode.EMPTY, "there is no tensor to publish")
     if len(tensors) > MAX_TENSORS:
         raise ManifestError(
-            PublishCode.TOO_LARGE, f"{len(tensors)} tensors: more than {MAX_TENSORS} can't be published at once"
+            PublishCode.TOO_LARGE,
+            f"{len(tensors)} tensors: more than {MAX_TENSORS} can't be published at once",
         )
     seen: set[str] = set()
     for tensor in tensors:

@@ -96,7 +96,7 @@ class Mode(StrEnum):
     PER_TENSOR = "PerTensor"
 
 
-# ---------------------------------------------------------------------------------------------- agent to operator
+# ------------------------------------------------------------------------------------- agent to operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class Nack:
     message: str
 
 
-# ---------------------------------------------------------------------------------------------- operator to agent
+# ------------------------------------------------------------------------------------- operator to agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ class Desired:
     allowed: tuple[VersionId, ...] = ()
     """Versions that the member may go on serving."""
     serve_initial: bool = False
-    """The engine may answer with the weights it started with: no version exists yet and the spec wants it so."""
+    """The engine may answer with its first weights: no version exists yet and the spec wants it so."""
     in_flight: InFlight = InFlight.KEEP
     verify: bool = True
     transport: Transport = field(default_factory=Transport)

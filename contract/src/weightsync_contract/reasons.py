@@ -1,4 +1,4 @@
-"""Constants a user reads: conditions, reasons, failure codes. One spelling in status, event, metric and log."""
+"""Constants a user reads: conditions, reasons, codes. One spelling in status, event, metric and log."""
 
 from enum import StrEnum
 

@@ -1,0 +1,138 @@
+"""What the servers answer, held against what the trainer's own weights answer."""
+
+import http.client
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+PROMPT: Final = "The fleet serves"
+TOKENS: Final = 16
+"""Greedy tokens of a completion that are compared."""
+
+_SECONDS: Final = 60.0
+_OK: Final = 200
+_REFUSED: Final = 503
+
+
+class RefusedError(Exception):
+    """The server answered nothing: no permit, or not up."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion and the version that the server said made it (-1: it did not say)."""
+
+    tokens: tuple[int, ...]
+    text: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the trainer computed from its own weights, and by how many logits each token was ahead."""
+
+    tokens: tuple[int, ...]
+    text: str
+    margin: float
+
+
+def ask(port: int, prompt: Sequence[int], tokens: int) -> Answer:
+    """Greedy completion. Raises RefusedError when the server won't answer, OSError when it can't."""
+    body = {
+        "model": "demo",
+        "prompt": list(prompt),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_SECONDS)
+    try:
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        data = response.read()
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"port {port}: {error!r}") from error
+    finally:
+        connection.close()
+    if response.status == _REFUSED:
+        raise RefusedError(data.decode(errors="replace"))
+    if response.status != _OK:
+        raise ConnectionError(f"port {port}: {response.status} {data[:200]!r}")
+    choice = json.loads(data)["choices"][0]
+    version = int(response.headers.get("x-weightsync-version", "-1"))
+    return Answer(tuple(choice["token_ids"]), choice["text"], version)
+
+
+@dataclass
+class Tally:
+    """Steady requests to one server: how many were answered right, refused, and neither."""
+
+    right: int = 0
+    refused: int = 0
+    across: int = 0
+    """Answers that a commit fell into: the first tokens from one version, the others from the next."""
+    wrong: list[str] = field(default_factory=list)
+
+
+class Traffic:
+    """One request after the other to a server while everything else happens, each answer checked."""
+
+    def __init__(
+        self,
+        name: str,
+        port: int,
+        prompt: Sequence[int],
+        tokens: int,
+        expected: Callable[[int], Expected | None],
+    ) -> None:
+        self.name = name
+        self.tally = Tally()
+        self._port = port
+        self._prompt = prompt
+        self._tokens = tokens
+        self._expected = expected
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"traffic-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for the request under way."""
+        self._ended.set()
+        self._thread.join(_SECONDS)
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.5):
+            try:
+                self._check(ask(self._port, self._prompt, self._tokens))
+            except RefusedError:
+                self.tally.refused += 1
+            except OSError:
+                continue
+
+    def _check(self, answer: Answer) -> None:
+        expected = self._expected(answer.version)
+        if expected is None:
+            self.tally.wrong.append(
+                f"{self.name} answered as version {answer.version}, which nobody published"
+            )
+        elif answer.tokens == expected.tokens:
+            self.tally.right += 1
+        elif self._spans(answer, expected):
+            self.tally.across += 1
+        else:
+            self.tally.wrong.append(f"{self.name}, version {answer.version}: {answer.text!r}")
+
+    def _spans(self, answer: Answer, expected: Expected) -> bool:
+        """Does it begin as its version does and go on as the next: did a commit fall in, as Keep lets it?"""
+        following = self._expected(answer.version + 1)
+        if following is None:
+            return False
+        same = next(i for i, (a, b) in enumerate(zip(answer.tokens, expected.tokens, strict=True)) if a != b)
+        return same > 0 and answer.tokens[same] == following.tokens[same]
