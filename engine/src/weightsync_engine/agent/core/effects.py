@@ -40,12 +40,12 @@ class SendNack:
     nack: Nack
 
 
-# ------------------------------------------------------------------------------------------------------- the engine
+# -------------------------------------------------------------------------------------- the engine
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """Ask the engine whether it can take the manifest that was kept for this layout. Answer: PreflightEnded."""
+    """Ask the engine whether it can take the kept manifest of this layout. Answer: PreflightEnded."""
 
     boot: str
     layout: str
@@ -74,23 +74,27 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class RestartEngine:
-    """End the engine's processes for certain. Answer: EngineSeen with another boot, some time; asked again till then.
+    """End the engine's processes for certain. Answer: EngineSeen with another boot, some time.
 
-    An Apply or Resume under way is given up.
+    Asked again till then. An Apply or Resume under way is given up.
     """
 
     boot: str
     reason: str
 
 
-# ------------------------------------------------------------------------------------------------- the staged memory
+# ------------------------------------------------------------------------------- the staged memory
 
 
 @dataclass(frozen=True, slots=True)
 class AllocateStaging:
-    """Have ``nbytes`` bytes of memory, prefaulted. Answer: StagingAllocated, StagingFailed."""
+    """Have ``nbytes`` bytes of memory, mapped by the child already.
+
+    Answer: StagingAllocated, StagingFailed, ChildFailed.
+    """
 
     slot: int
+    child: int
     nbytes: int
 
 
@@ -108,12 +112,15 @@ class DropStaging:
     slot: int
 
 
-# -------------------------------------------------------------------------------------------------------- the child
+# --------------------------------------------------------------------------------------- the child
 
 
 @dataclass(frozen=True, slots=True)
 class OpenChild:
-    """Start a child that joins the group; rank 0 listens. Answer: ChildListening (rank 0), ChildReady, ChildFailed."""
+    """Start a child that joins the group; rank 0 listens.
+
+    Answer: ChildListening (rank 0 only), then ChildReady or ChildFailed.
+    """
 
     child: int
     group: Group
@@ -123,7 +130,10 @@ class OpenChild:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeManifest:
-    """Broadcast the manifest of the version (rank 0), or receive and keep it. Answer: ManifestExchanged, ChildFailed."""
+    """Broadcast the manifest of the version (rank 0), or receive and keep it.
+
+    Answer: ManifestExchanged, ChildFailed.
+    """
 
     child: int
     wanted: Wanted
@@ -149,6 +159,7 @@ class ReceiveVersion:
     wanted: Wanted
     transport: Transport
     seconds: float
+    verify: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +169,7 @@ class KillChild:
     child: int
 
 
-# ------------------------------------------------------------------------------------------------------ the trainer
+# ------------------------------------------------------------------------------------- the trainer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What can happen to an agent. Each event names what it is about, so that one that comes too late is seen to be."""
+"""What can happen to an agent. An event names what it is about, so that a late one is known for it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from weightsync_contract.reasons import FailureCode
 from weightsync_engine.agent.core.journal import Entry
 from weightsync_engine.permit import Permit
 
-# ------------------------------------------------------------------------------------------------------ the session
+# ------------------------------------------------------------------------------------- the session
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class ReleasedReceived:
     released: Released
 
 
-# ------------------------------------------------------------------------------------------------------- the engine
+# -------------------------------------------------------------------------------------- the engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class ResumeEnded:
     message: str = ""
 
 
-# ------------------------------------------------------------------------------------------------- the staged memory
+# ------------------------------------------------------------------------------- the staged memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class StagingFailed:
     message: str
 
 
-# -------------------------------------------------------------------------------------------------------- the child
+# --------------------------------------------------------------------------------------- the child
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class ChildExited:
     message: str = ""
 
 
-# ------------------------------------------------------------------------------------------------------ the trainer
+# ------------------------------------------------------------------------------------- the trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class SourceChanged:
     source: Source
 
 
-# ------------------------------------------------------------------------------------------------------ ourselves
+# --------------------------------------------------------------------------------------- ourselves
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from weightsync_contract.messages import (
     Capability,
     Desired,
     Failure,
+    Fleet,
     Group,
+    InFlight,
     Observed,
     ServingState,
     Source,
@@ -17,7 +19,7 @@ from weightsync_contract.messages import (
     Wanted,
 )
 from weightsync_contract.reasons import FailureCode, Role
-from weightsync_engine.agent.core.journal import Entry, Journal
+from weightsync_engine.agent.core.journal import Journal, Record
 from weightsync_engine.permit import Permit
 
 ABORT_SECONDS: Final = 2.0
@@ -32,7 +34,7 @@ RETRY_SECONDS: Final = 1.0
 RESTART_SECONDS: Final = 10.0
 """Between two demands that a fenced engine ends."""
 APPLY_MARGIN: Final = 0.9
-"""Share of the commit deadline that the engine gets, so that a clean failure can still be told from a hang."""
+"""Share of the commit deadline that the engine gets: a clean failure can then be told from a hang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Commit:
     version: VersionId | None = None
     digest: str = ""
     slot: int = 0
+    in_flight: InFlight = InFlight.KEEP
     asked: bool = False
     """The engine was asked to do the present stage's work and has not answered yet."""
     retry_at: float = 0.0
@@ -102,6 +105,8 @@ class ServingSide:
     fences: tuple[float, ...] = ()
     restart_at: float | None = None
     """When a fenced engine is next told to end; None: never, it was fenced too often."""
+    weightsync: str = ""
+    """Uid of the WeightSync for which a commit was last begun: for it, a version is known to exist."""
     failure: Failure | None = None
     tried: tuple[str, VersionId] | None = None
     """A commit that failed cleanly, as (boot, version): not tried again until another is asked for."""
@@ -150,7 +155,7 @@ class TransferSide:
     """The agent's place in one group, and what the group does."""
 
     state: TransferState = TransferState.IDLE
-    """One of Idle, Joining, Joined, Checking, Receiving, Sending, Aborting; Staged and Sent follow from the rest."""
+    """Never Staged or Sent: these follow from the rest."""
     group: Group | None = None
     child: int = 0
     """The living child; 0 for none."""
@@ -161,8 +166,14 @@ class TransferSide:
     """Layouts whose manifests went round in this group: each goes round once."""
     done: VersionId | None = None
     """Version that last went round in this group."""
+    refused: VersionId | None = None
+    """Version that this member can't take in this group, as ``failure`` says; not tried again in it."""
     wanted: Wanted | None = None
-    """What is being checked or moved."""
+    """What is going round in the group at this moment: a manifest in Checking, else a version."""
+    moving: bool = False
+    """The child was told to receive; before that, memory is being had."""
+    verify: bool = True
+    """The digest of what is being received must be the one that was published."""
     bytes: int = 0
     moved_at: float = 0.0
     deadline: float = 0.0
@@ -186,7 +197,9 @@ class JournalSide:
     """The journal as far as it is durable, and the entry on its way."""
 
     durable: Journal = field(default_factory=Journal)
-    writing: Entry | None = None
+    writing: Record | None = None
+    unsure: bool = False
+    """A write failed: what is durable may be either, so it is written again."""
     retry_at: float = 0.0
 
 
@@ -200,13 +213,15 @@ class State:
     serving: ServingSide = field(default_factory=ServingSide)
     check: CheckSide = field(default_factory=CheckSide)
     staging: StagingSide = field(default_factory=StagingSide)
+    slots: int = 0
+    """Pieces of memory ever had."""
     transfer: TransferSide = field(default_factory=TransferSide)
     permit: PermitSide = field(default_factory=PermitSide)
     journal: JournalSide = field(default_factory=JournalSide)
     source: Source = field(default_factory=Source)
     retained: int = 0
     pinned: VersionId | None = None
-    fleet: object | None = None
+    fleet: Fleet | None = None
     """The Fleet last told to the trainer."""
     reported: Observed | None = None
 
