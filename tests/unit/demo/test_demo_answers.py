@@ -1,0 +1,88 @@
+"""Which answers the demo counts as right, across a commit, and wrong."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from weightsync_demo.answers import Answer, Expected, RefusedError, Traffic, ask
+
+EXPECTED = {
+    1: Expected((1, 1, 1, 1), "one", 4.0),
+    2: Expected((2, 2, 2, 2), "two", 4.0),
+    3: Expected((3, 3, 3, 3), "three", 4.0),
+}
+
+
+def tally(tokens: tuple[int, ...], version: int) -> Traffic:
+    traffic = Traffic("vllm-0", 0, [], 4, EXPECTED.get)
+    traffic._check(Answer(tokens, "text", version))
+    return traffic
+
+
+def test_the_versions_own_tokens_are_right() -> None:
+    assert tally((2, 2, 2, 2), 2).tally.right == 1
+
+
+def test_a_beginning_of_one_version_and_the_rest_of_the_next_is_across_a_commit() -> None:
+    seen = tally((1, 1, 2, 2), 1).tally
+    assert (seen.right, seen.across, seen.wrong) == (0, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "version"),
+    [
+        pytest.param((1, 1, 1, 1), 2, id="another version than it says"),
+        pytest.param((1, 1, 3, 3), 1, id="a version in between is skipped"),
+        pytest.param((9, 9, 9, 9), 1, id="what no version answers"),
+        pytest.param((1, 1, 9, 9), 1, id="a beginning and then what no version answers"),
+        pytest.param((2, 2, 2, 2), 1, id="the next version under the last one's name"),
+        pytest.param((1, 1, 1, 1), 7, id="a version that nobody published"),
+        pytest.param((1, 1, 1, 1), -1, id="no version named"),
+    ],
+)
+def test_everything_else_is_wrong(tokens: tuple[int, ...], version: int) -> None:
+    seen = tally(tokens, version).tally
+    assert (seen.right, seen.across, len(seen.wrong)) == (0, 0, 1)
+
+
+@contextmanager
+def server(status: int, body: dict[str, Any], headers: dict[str, str]) -> Iterator[int]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {**headers, "content-length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        yield httpd.server_port
+        httpd.shutdown()
+        thread.join()
+
+
+def test_an_answer_carries_tokens_and_the_version_that_the_server_names() -> None:
+    body = {"choices": [{"token_ids": [5, 6], "text": "hi"}]}
+    with server(200, body, {"x-weightsync-version": "7"}) as port:
+        assert ask(port, [1], 2) == Answer((5, 6), "hi", 7)
+
+
+def test_a_server_without_permit_is_refused_and_not_an_error() -> None:
+    with server(503, {"error": "no permit"}, {}) as port, pytest.raises(RefusedError, match="no permit"):
+        ask(port, [1], 2)
+
+
+def test_any_other_status_is_an_error_that_names_it() -> None:
+    with server(500, {"error": "engine dead"}, {}) as port, pytest.raises(ConnectionError, match="500"):
+        ask(port, [1], 2)
