@@ -86,24 +86,23 @@ func runKubectl() int {
 
 func runAPIServer() int {
 	if dir := os.Getenv(etcdDirVariable); dir != "" {
-		stop, err := startEtcd(dir, os.Getenv(etcdURLVariable))
-		if err != nil {
+		if err := startEtcd(dir, os.Getenv(etcdURLVariable)); err != nil {
 			fail(fmt.Errorf("embedded etcd: %w", err))
 		}
-		defer stop()
 	}
 	return cli.Run(apiserver.NewAPIServerCommand())
 }
 
 // startEtcd serves a one-member etcd in this process and returns when it is ready. The process ends if etcd
-// does: an API server without its store can only answer with errors.
-func startEtcd(dir, clientURL string) (stop func(), err error) {
+// does: an API server without its store can only answer with errors. etcd is never closed: what it has answered
+// is in its log, from which it starts again however the process ended.
+func startEtcd(dir, clientURL string) error {
 	client, err := url.Parse(clientURL)
 	if err != nil || client.Scheme == "" {
-		return nil, fmt.Errorf("%s must be a URL, not %q", etcdURLVariable, clientURL)
+		return fmt.Errorf("%s must be a URL, not %q", etcdURLVariable, clientURL)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	config := embed.NewConfig()
 	config.Dir = dir
@@ -119,21 +118,21 @@ func startEtcd(dir, clientURL string) (stop func(), err error) {
 
 	etcd, err := embed.StartEtcd(config)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	select {
 	case <-etcd.Server.ReadyNotify():
 	case err := <-etcd.Err():
-		return nil, err
+		return err
 	case <-time.After(30 * time.Second):
-		return nil, fmt.Errorf("not ready after 30 s")
+		return fmt.Errorf("not ready after 30 s")
 	}
 	go func() {
 		if err := <-etcd.Err(); err != nil {
 			fail(fmt.Errorf("embedded etcd: %w", err))
 		}
 	}()
-	return etcd.Close, nil
+	return nil
 }
 
 // endWithParent makes this process end soon after its parent, also if the parent was killed by SIGKILL.
