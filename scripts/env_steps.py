@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 SIGN_OF_LIFE = 10.0
-# Settings that an outer environment, a build or a virtual environment leaves behind and that would steer ours.
+# What an outer virtual environment or a build leaves behind, and would steer ours.
 FOREIGN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "PYTHONDONTWRITEBYTECODE")
 _INDEX = re.compile(r"\w+://[^\s)\"'`]+")
 
@@ -57,21 +59,36 @@ def run(command: Sequence[str], advice: str) -> str:
     with subprocess.Popen(
         command, env=environment(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        while True:
-            try:
-                output, _ = process.communicate(timeout=SIGN_OF_LIFE)
-                break
-            except subprocess.TimeoutExpired:
-                print(".", end="", flush=True)
-            except BaseException:
-                process.terminate()
-                raise
+        output = _wait(process)
     if process.returncode != 0:
         tail = "\n".join(without_addresses(output).splitlines()[-30:])
         raise SetupError(f"{tail}\n\n{advice}")
     return output
 
 
+def _wait(process: subprocess.Popen[str]) -> str:
+    while True:
+        try:
+            output, _ = process.communicate(timeout=SIGN_OF_LIFE)
+            return output
+        except subprocess.TimeoutExpired:
+            print(".", end="", flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One setup at a time in a checkout. The kernel drops the lock with the process that holds it."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("setup: waiting for another one in this checkout")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -7,19 +7,18 @@ package cache. A second call finds its stamp and does nothing.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_stubs
 import env_host
-from env_steps import SetupError, run, say, step
+from env_steps import SetupError, alone, run, say, step
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = ("contract", "engine", "operator", "demo")
@@ -106,10 +105,17 @@ class Setup:
         with step(f"{count} packages of requirements/{lock.name}, {'2.7' if vllm else '1.9'} GB"):
             self.uv("sync", "--require-hashes", str(lock), advice=NETWORK)
 
-    def write_stubs(self, compiler: str) -> None:
+    def write_stubs(self, compiler: str, *, vllm: bool) -> None:
         (site,) = self.venv.glob("lib/python3.*/site-packages")
-        with step("stub CUDA libraries (this environment is for machines without a GPU)"):
-            cuda_stubs.write_stubs(site, compiler)
+        numa = vllm and not cuda_stubs.has_numa()
+        libraries = "CUDA and NUMA libraries" if numa else "CUDA libraries"
+        with step(f"stub {libraries} (this environment is for machines without a GPU)"):
+            try:
+                cuda_stubs.write_stubs(site, compiler, numa=numa)
+            except subprocess.CalledProcessError as error:
+                raise SetupError(
+                    f"{error.stderr}\n{compiler} can't link. {env_host.COMPILER_PACKAGES}"
+                ) from None
 
     def install_members(self) -> None:
         members = self.members()
@@ -129,32 +135,22 @@ class Setup:
 
     def make(self, *, vllm: bool) -> None:
         wanted, found = self.wanted(vllm=vllm), self.found()
-        if found is None or found.packages != wanted.packages:
+        outdated = found is None or found.packages != wanted.packages
+        if outdated:
             compiler = env_host.compiler()
             (self.venv / STAMP).unlink(missing_ok=True)
             self.make_venv()
             self.install_uv()
             self.install_packages(vllm=vllm)
-            self.write_stubs(compiler)
-            self.check(vllm=vllm)
+            self.write_stubs(compiler, vllm=vllm)
         self.install_members()
+        if outdated:
+            self.check(vllm=vllm)
         self.write_stamp(wanted)
 
     def is_made(self, *, vllm: bool) -> bool:
         """An environment with vLLM also does for a caller that wants none."""
         return self.found() in [self.wanted(vllm=one) for one in {vllm, True}]
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One setup at a time in a checkout. The kernel drops the lock with the process that holds it."""
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("setup: waiting for another one in this checkout")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def set_up(root: Path, *, want_vllm: bool) -> None:
@@ -176,7 +172,9 @@ def set_up(root: Path, *, want_vllm: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--without-vllm", action="store_true", help="leave vLLM out (0.8 GB)")
     options = parser.parse_args(arguments)
     try:
