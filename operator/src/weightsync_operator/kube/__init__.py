@@ -1,0 +1,1 @@
+"""Thin edges to the Kubernetes API, on the official client: plain documents in and out."""
