@@ -12,7 +12,7 @@ from pathlib import Path
 from weightsync_demo.kube import ports
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.kube.credentials import write_kubeconfig, write_private
-from weightsync_demo.kube.errors import ApiServerError
+from weightsync_demo.kube.errors import ApiServerError, KubectlError
 from weightsync_demo.kube.https import get_status
 from weightsync_demo.waiting import wait_for
 
@@ -87,7 +87,7 @@ class ApiServer:
         """Start the server and wait until it is ready, at most START_TIMEOUT_S.
 
         A directory's first start chooses a free port, any later one takes the same port again. Raises
-        ApiServerError with the end of the log.
+        ApiServerError with the errors in the log.
         """
         if self.running:
             raise ApiServerError(f"the API server is running already, as process {self.pid}")
@@ -106,10 +106,10 @@ class ApiServer:
                 break
             except (ApiServerError, TimeoutError) as error:
                 self.kill()
-                tail = self._log_since(written)
-                if PORT_TAKEN in tail and not known and attempt < START_ATTEMPTS:
+                errors = self._errors_since(written)
+                if PORT_TAKEN in errors and not known and attempt < START_ATTEMPTS:
                     continue
-                raise ApiServerError(f"{error}\n{self.log} ends with:\n{tail[-3000:]}") from error
+                raise ApiServerError(f"{error}; errors in {self.log}:\n{errors[-3000:]}") from error
         write_kubeconfig(self.kubeconfig, self.url, self.ca_file, self.token)
 
     def stop(self) -> None:
@@ -121,14 +121,17 @@ class ApiServer:
         self._end(signal.SIGKILL)
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60.0) -> str:
-        """The standard output of kubectl, run as the admin.
-
-        Raises subprocess.CalledProcessError, with stderr, if it fails.
-        """
+        """The output of kubectl, run as the admin; KubectlError if it fails or outlasts `timeout` s."""
         command = [str(self.binaries.kubectl), f"--kubeconfig={self.kubeconfig}", *arguments]
-        return subprocess.run(
-            command, input=stdin, capture_output=True, text=True, check=True, timeout=timeout
-        ).stdout
+        try:
+            done = subprocess.run(
+                command, input=stdin, capture_output=True, text=True, check=False, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise KubectlError(f"kubectl {' '.join(arguments)}: no end after {timeout:g} s") from error
+        if done.returncode != 0:
+            raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is None:
@@ -145,10 +148,12 @@ class ApiServer:
             raise ApiServerError("the API server ended while it was starting")
         return get_status(self.url, "/readyz", self.ca_file, self.token) == 200
 
-    def _log_since(self, offset: int) -> str:
+    def _errors_since(self, offset: int) -> str:
+        """What the log says from `offset` on, less what only informs or warns: hundreds of lines a start."""
         with self.log.open("rb") as log:
             log.seek(offset)
-            return log.read().decode(errors="replace")
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(line for line in lines if not line.startswith(("I", "W")))
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:

@@ -17,9 +17,8 @@ def crd_directory() -> Path:
 def apply_crds(server: ApiServer, directory: Path | None = None, timeout: float = 30.0) -> None:
     """Apply every definition in `directory` (by default the checkout's), and wait until each is served.
 
-    Definitions that are there already are brought up to date. Raises KubeError where the folder has none;
-    subprocess.CalledProcessError with the API server's refusal, also when one isn't established after
-    `timeout` seconds.
+    Definitions that are there already are brought up to date. Raises KubeError where the folder has none,
+    where the API server refuses one, and where one isn't established after `timeout` seconds.
     """
     directory = directory or crd_directory()
     files = sorted(directory.glob("*.yaml"))

@@ -9,5 +9,9 @@ class BuildError(KubeError):
     """The binary could not be built."""
 
 
+class KubectlError(KubeError):
+    """kubectl ended with an error; the message is what it wrote."""
+
+
 class ApiServerError(KubeError):
     """The API server did not start, or ended by itself."""
