@@ -178,7 +178,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("spec", "sentence"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("spec", "sentence"), list(BAD.values()), ids=list(BAD))
 def test_a_bad_spec_is_refused_with_its_sentence(
     apiserver: ApiServer, namespace: str, spec: dict[str, Any], sentence: str
 ) -> None:
@@ -244,7 +244,7 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("spec", GOOD.values(), ids=GOOD)
+@pytest.mark.parametrize("spec", list(GOOD.values()), ids=list(GOOD))
 def test_a_good_spec_is_taken_and_read(apiserver: ApiServer, namespace: str, spec: dict[str, Any]) -> None:
     apply(apiserver, namespace, weightsync(**spec))
     parsed = parse_spec(read(apiserver, namespace)["spec"])
