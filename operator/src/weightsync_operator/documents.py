@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
 
-from weightsync_contract.codec import from_document, to_document
+from weightsync_contract.codec import camel, from_document, to_document
 from weightsync_contract.messages import InFlight, Mode, ObjectRef, Timeouts, Transport
 from weightsync_operator.core.model import InitialWeights, PodView, Requirement, Selector, Spec, Status
 
@@ -61,9 +61,10 @@ def parse_weightsync(document: Mapping[str, Any]) -> Stored:
 
 
 def status_document(status: Status) -> dict[str, Any]:
-    """A status as JSON. Texts that say nothing are left out: "" is no time that the schema takes."""
-    pruned: dict[str, Any] = _without_empty_texts(to_document(status))
-    return pruned
+    """A status as JSON. Optional texts that say nothing are left out: "" is no time that the schema takes."""
+    document: dict[str, Any] = to_document(status)
+    _leave_out_empty_texts(status, document)
+    return document
 
 
 def parse_spec(spec: Mapping[str, Any]) -> Spec:
@@ -144,9 +145,14 @@ def _unsupported(spec: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
-def _without_empty_texts(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_empty_texts(item) for key, item in value.items() if item != ""}
-    if isinstance(value, list):
-        return [_without_empty_texts(item) for item in value]
-    return value
+def _leave_out_empty_texts(value: Any, document: Any) -> None:
+    if isinstance(value, tuple):
+        for each, part in zip(value, document, strict=True):
+            _leave_out_empty_texts(each, part)
+    elif is_dataclass(value):
+        for row in fields(value):
+            inner = getattr(value, row.name)
+            if inner == "" and row.default == "":
+                del document[camel(row.name)]
+            elif inner is not None:
+                _leave_out_empty_texts(inner, document[camel(row.name)])
