@@ -1,11 +1,12 @@
-"""What an agent does. Effects of one step are run in order; one that fails ends its step's effects.
+"""What an agent does. Effects of one step are run in order.
 
-``WriteJournal`` is answered by JournalWritten or JournalFailed, and a failed ``WritePermit`` by PermitFailed;
-what rests on an entry is only asked for once it is durable. All that takes time is answered by its own event,
-named beside it.
+``WriteJournal`` is answered by JournalWritten or JournalFailed; what rests on an entry is only asked for once
+it is durable. A failed ``WritePermit`` is answered by PermitFailed, and what follows it in its step and is in
+``REST_ON_PERMIT`` is left out. All that takes time is answered by its own event, named beside it.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from weightsync_contract.messages import Fleet, Group, InFlight, Nack, Observed, Transport, VersionId, Wanted
 from weightsync_engine.agent.core.journal import Entry
@@ -215,3 +216,5 @@ Effect = (
     | TellFleet
 )
 Effects = tuple[Effect, ...]
+
+REST_ON_PERMIT: Final = (Apply, Resume)

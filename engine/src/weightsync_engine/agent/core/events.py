@@ -208,7 +208,7 @@ class JournalFailed:
 
 @dataclass(frozen=True, slots=True)
 class PermitFailed:
-    """The permit could not be written; the effects after it were not run."""
+    """The permit could not be written; what rested on it was not done."""
 
     permit: Permit | None
     message: str

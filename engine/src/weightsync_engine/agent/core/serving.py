@@ -150,7 +150,7 @@ def resumed(state: State, event: ResumeEnded, now: float) -> State:
 
 
 def permit_failed(state: State, now: float) -> State:
-    """The permit could not be written, so what was to follow it was not done."""
+    """The permit could not be written, so the engine was not told what rests on it."""
     side, commit = state.serving, state.serving.commit
     if commit and commit.stage is Stage.APPLY:
         message = "the permit could not be put on hold, so the engine was not touched"
@@ -158,8 +158,6 @@ def permit_failed(state: State, now: float) -> State:
     if commit and commit.stage is Stage.RESUME:
         commit = replace(commit, asked=False, retry_at=now + RETRY_SECONDS)
         return replace(state, serving=replace(side, commit=commit))
-    if side.state is ServingState.FENCED and side.restart_at is not None:
-        return replace(state, serving=replace(side, restart_at=now + RETRY_SECONDS))
     return state
 
 

@@ -47,8 +47,7 @@ Outcome = tuple[State, Effects]
 def step(state: State, event: Event, now: float) -> Outcome:
     """Decide. ``now`` is this machine's monotonic clock in seconds; it never goes back.
 
-    The effects are to be run in order, and all of them before the next step's. One that fails ends them: a
-    permit's failure comes back as PermitFailed, a journal's as JournalFailed.
+    The effects are to be run in order, and all of them before the next step's (see ``effects``).
     """
     state, effects = _hear(state, event, now)
     state, more = _settle(state, now)

@@ -1,0 +1,35 @@
+"""``python -m weightsync_engine.agent``."""
+
+import asyncio
+import logging
+import signal
+import sys
+
+from weightsync_contract import logs
+from weightsync_engine.agent.agent import Agent
+from weightsync_engine.agent.config import Config, parse
+
+log = logs.get("weightsync_engine.agent")
+
+
+def main() -> None:
+    """Run an agent until SIGTERM or SIGINT."""
+    config = parse()
+    logs.configure(config.log_format, logging.getLevelNamesMapping()[config.log_level])
+    try:
+        asyncio.run(_run(config))
+    except OSError as error:
+        log.error("agent can't run", why=error)
+        sys.exit(1)
+
+
+async def _run(config: Config) -> None:
+    agent = Agent(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    await agent.run()
+
+
+if __name__ == "__main__":
+    main()

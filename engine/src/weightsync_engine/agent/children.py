@@ -1,0 +1,296 @@
+"""The agent's children: each is a rank of one group while the group lives; it is killed, never reused."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Final
+
+from weightsync_contract import logs
+from weightsync_contract.manifest import Manifest, ManifestError
+from weightsync_contract.messages import Mode, Wanted
+from weightsync_contract.reasons import FailureCode, Role
+from weightsync_engine.agent.core import events as core
+from weightsync_engine.agent.core.effects import (
+    AllocateStaging,
+    ExchangeManifest,
+    KillChild,
+    OpenChild,
+    ReceiveVersion,
+    SealStaging,
+    SendVersion,
+)
+from weightsync_engine.agent.manifests import Manifests
+from weightsync_engine.agent.staging import StagingArea, StagingError
+from weightsync_engine.publish.store import VersionNotRetainedError, VersionStore
+from weightsync_engine.transfer.process import ChildPool, ChildProcess
+from weightsync_engine.transfer.protocol import (
+    Command,
+    Event,
+    Failed,
+    Join,
+    Listen,
+    Listening,
+    ManifestReceived,
+    ManifestSent,
+    Prepare,
+    Prepared,
+    Progress,
+    Ready,
+    Receive,
+    Received,
+    ReceiveManifest,
+    Send,
+    SendManifest,
+    Sent,
+)
+
+log = logs.get(__name__)
+
+PREPARE_SECONDS: Final = 600.0
+"""The child's own limit for having memory; the phase's deadline is the one that counts."""
+
+
+class Children:
+    """Turns orders into a child's commands and its words into events, each with the child's number."""
+
+    def __init__(
+        self,
+        role: Role,
+        host: str,
+        pool: ChildPool,
+        manifests: Manifests,
+        staging: StagingArea,
+        store: VersionStore | None,
+        limit_rate: int,
+        post: Callable[[core.Event], None],
+    ) -> None:
+        self._role, self._host, self._limit_rate = role, host, limit_rate
+        self._pool, self._manifests, self._staging, self._store = pool, manifests, staging, store
+        self._post = post
+        self._living: dict[int, _Child] = {}
+
+    def open(self, order: OpenChild) -> None:
+        """Start one; it listens as rank 0, else joins."""
+        group = order.group
+        command: Command
+        if group.rank == 0:
+            port = order.transport.port
+            command = Listen(self._host, port, group.world_size, group.nonce, order.seconds)
+        else:
+            command = Join(group.endpoint, group.nonce, group.rank, group.world_size, order.seconds)
+        child = _Child(order.child, self._pool, self._hear, self._gone)
+        self._living[order.child] = child
+        child.tell(command)
+
+    def exchange(self, order: ExchangeManifest) -> None:
+        """Send the manifest, or receive it."""
+        child = self._living.get(order.child)
+        if child is None:
+            return
+        child.wanted = order.wanted
+        if self._role is not Role.TRAINER:
+            child.tell(ReceiveManifest(order.seconds))
+            return
+        try:
+            manifest = self._manifest(order.wanted)
+        except (VersionNotRetainedError, OSError) as error:
+            self._failed(order.child, FailureCode.VERSION_NOT_RETAINED, str(error))
+            return
+        child.tell(SendManifest(manifest.layout, manifest.encode().decode(), order.seconds))
+
+    def allocate(self, order: AllocateStaging) -> None:
+        """Have memory, and have the child map it before it is needed."""
+        child = self._living.get(order.child)
+        try:
+            fd = self._staging.create(order.slot, order.nbytes)
+        except StagingError as error:
+            log.error("no memory for staging", why=error)
+            self._post(core.StagingFailed(order.slot, str(error)))
+            return
+        if child:
+            child.slot = order.slot
+            child.tell(Prepare(order.nbytes, PREPARE_SECONDS), fd)
+
+    def send(self, order: SendVersion) -> None:
+        """Broadcast a stored version."""
+        child, wanted, transport = self._living.get(order.child), order.wanted, order.transport
+        if child is None or self._store is None:
+            return
+        try:
+            with self._store.open(wanted.version) as stored:
+                listing = stored.manifest.encode().decode() if transport.mode is Mode.PER_TENSOR else ""
+                command = Send(
+                    wanted.total_bytes,
+                    wanted.layout,
+                    transport.buffer_bytes,
+                    transport.num_buffers,
+                    order.seconds,
+                    self._limit_rate,
+                    transport.mode,
+                    listing,
+                )
+                child.tell(command, stored.fd)
+        except (VersionNotRetainedError, OSError) as error:
+            self._failed(order.child, FailureCode.VERSION_NOT_RETAINED, str(error))
+
+    def receive(self, order: ReceiveVersion) -> None:
+        """Receive into staged memory."""
+        child, wanted, transport = self._living.get(order.child), order.wanted, order.transport
+        if child is None:
+            return
+        listing = ""
+        if transport.mode is Mode.PER_TENSOR:
+            listing = self._manifests.get(wanted.layout).encode().decode()
+        command = Receive(
+            wanted.total_bytes,
+            wanted.layout,
+            transport.buffer_bytes,
+            transport.num_buffers,
+            order.seconds,
+            transport.mode,
+            listing,
+            order.verify,
+        )
+        child.tell(command, self._staging.fd(order.slot))
+
+    def seal(self, order: SealStaging) -> None:
+        """Make it unchangeable; the child that wrote it has no mapping of it any more."""
+        try:
+            self._staging.seal(order.slot)
+        except StagingError as error:
+            log.error("staging not sealed", why=error)
+            self._post(core.StagingFailed(order.slot, str(error)))
+        else:
+            self._post(core.StagingSealed(order.slot))
+
+    def kill(self, order: KillChild) -> None:
+        """Kill it now."""
+        child = self._living.get(order.child)
+        if child:
+            child.kill()
+
+    async def close(self) -> None:
+        """Kill all, and wait until they are gone."""
+        children = tuple(self._living.values())
+        for child in children:
+            child.kill()
+        await asyncio.gather(*(child.task for child in children), return_exceptions=True)
+
+    def _manifest(self, wanted: Wanted) -> Manifest:
+        if self._store is None:
+            raise VersionNotRetainedError(f"{wanted.version}: this agent keeps no versions")
+        with self._store.open(wanted.version) as stored:
+            return stored.manifest
+
+    def _gone(self, number: int, message: str) -> None:
+        del self._living[number]
+        self._post(core.ChildExited(number, message))
+
+    def _failed(self, number: int, code: FailureCode, message: str) -> None:
+        log.error("transfer failed", child=number, code=code, why=message)
+        self._post(core.ChildFailed(number, code, message))
+
+    def _hear(self, child: "_Child", event: Event) -> None:
+        number = child.number
+        match event:
+            case Listening(endpoint):
+                self._post(core.ChildListening(number, endpoint))
+            case Ready():
+                self._post(core.ChildReady(number))
+            case ManifestSent() if child.wanted:
+                self._post(core.ManifestExchanged(number, child.wanted.layout))
+            case ManifestReceived():
+                self._keep(child, event)
+            case Prepared():
+                self._post(core.StagingAllocated(child.slot))
+            case Progress(count):
+                self._post(core.ChildProgress(number, count))
+            case Sent():
+                self._post(core.ChildSent(number))
+            case Received(digest):
+                self._post(core.ChildReceived(number, digest))
+            case Failed(code, message):
+                self._failed(number, code, message)
+
+    def _keep(self, child: "_Child", event: ManifestReceived) -> None:
+        """Only what was announced is kept: what is checked must be what is received and applied."""
+        wanted = child.wanted
+        try:
+            manifest = Manifest.decode(event.data)
+        except ManifestError as error:
+            self._failed(child.number, FailureCode.MANIFEST_REFUSED, str(error))
+            return
+        found = (manifest.layout, manifest.nbytes)
+        if wanted is None or found != (wanted.layout, wanted.total_bytes):
+            message = f"the manifest is {found}, but {wanted} was announced"
+            self._failed(child.number, FailureCode.MANIFEST_REFUSED, message)
+            return
+        self._manifests.keep(manifest)
+        self._post(core.ManifestExchanged(child.number, manifest.layout))
+
+
+class _Child:
+    """One child, from the wish for it to its end."""
+
+    def __init__(
+        self,
+        number: int,
+        pool: ChildPool,
+        hear: Callable[["_Child", Event], None],
+        gone: Callable[[int, str], None],
+    ) -> None:
+        self.number = number
+        self.wanted: Wanted | None = None
+        self.slot = 0
+        self._pool, self._hear, self._gone = pool, hear, gone
+        self._process: ChildProcess | None = None
+        self._commands: asyncio.Queue[tuple[Command, int | None]] = asyncio.Queue()
+        self.task = asyncio.create_task(self._live())
+
+    def tell(self, command: Command, fd: int | None = None) -> None:
+        """Say it after everything said before. The descriptor is duplicated at once."""
+        self._commands.put_nowait((command, None if fd is None else os.dup(fd)))
+
+    def kill(self) -> None:
+        """Kill the process, or give up starting it."""
+        if self._process:
+            self._process.kill()
+        else:
+            self.task.cancel()
+
+    async def _live(self) -> None:
+        message = ""
+        try:
+            self._process = await self._pool.take()
+            speaking = asyncio.create_task(self._speak(self._process))
+            try:
+                async for event in self._process.events():
+                    self._hear(self, event)
+            finally:
+                speaking.cancel()
+                self._process.kill()
+                await asyncio.gather(speaking, return_exceptions=True)
+            message = f"the transfer child ended with status {await self._process.wait()}"
+        except OSError as error:
+            message = f"no transfer child: {error}"
+        finally:
+            while not self._commands.empty():
+                _, fd = self._commands.get_nowait()
+                _close(fd)
+            self._gone(self.number, message)
+
+    async def _speak(self, process: ChildProcess) -> None:
+        while True:
+            command, fd = await self._commands.get()
+            try:
+                # A child that is gone says so itself, by the end of its events.
+                with contextlib.suppress(OSError):
+                    await process.send(command, fd)
+            finally:
+                _close(fd)
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
