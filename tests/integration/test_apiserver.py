@@ -242,6 +242,14 @@ def test_a_port_taken_in_between_is_given_up_for_another(
             assert server.port == free
 
 
+def test_two_servers_never_share_a_directory(own_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightsync_demo.kube.apiserver.LOCK_TIMEOUT_S", 0.1)
+    second = ApiServer(own_server.directory, own_server.binaries)
+    with pytest.raises(ApiServerError, match="another API server runs in"):
+        second.start()
+    assert get_status(own_server.url, "/readyz", own_server.ca_file, own_server.token) == 200
+
+
 def test_a_failed_start_shows_the_end_of_the_log(binaries: Binaries, tmp_path: Path) -> None:
     server = ApiServer(tmp_path, binaries)
     (tmp_path / "tokens.csv").write_text("a,line,that,is,no,token\n'\"")
@@ -284,6 +292,9 @@ def test_it_ends_with_a_parent_that_is_killed(binaries: Binaries, tmp_path: Path
     except TimeoutError:
         os.kill(pid, signal.SIGKILL)
         raise
+    # Its directory is free for the next one.
+    with run_apiserver(tmp_path, binaries) as server:
+        assert server.port == port
 
 
 def answers(port: int) -> bool:

@@ -13,7 +13,9 @@ from weightsync_demo.kube import ports
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.kube.credentials import write_kubeconfig, write_private
 from weightsync_demo.kube.errors import ApiServerError, KubectlError
+from weightsync_demo.kube.flags import ETCD_DIRECTORY, ETCD_URL, apiserver_flags
 from weightsync_demo.kube.https import get_status
+from weightsync_demo.kube.locking import exclusive
 from weightsync_demo.waiting import wait_for
 
 HOST = "127.0.0.1"
@@ -21,11 +23,8 @@ HOST = "127.0.0.1"
 START_ATTEMPTS = 5
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
+LOCK_TIMEOUT_S = 5.0
 PORT_TAKEN = "address already in use"
-# A socket in the server's directory, which is its working directory: etcd asks for no credentials, so a
-# port would let every user of the machine past RBAC. Relative, since a socket's path is limited to some 100
-# bytes.
-ETCD_URL = "unix://etcd.sock"
 
 
 class ApiServer:
@@ -99,7 +98,7 @@ class ApiServer:
             if not known:
                 (self.directory / "port").write_text(str(ports.choose(HOST)))
             written = self.log.stat().st_size if self.log.exists() else 0
-            self._process = self._spawn()
+            self._process = self._spawn_alone()
             try:
                 nobody_answers = (OSError, HTTPException)
                 wait_for(self._ready, START_TIMEOUT_S, "the API server's /readyz", ignoring=nobody_answers)
@@ -155,14 +154,23 @@ class ApiServer:
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join(line for line in lines if not line.startswith(("I", "W")))
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn_alone(self) -> subprocess.Popen[bytes]:
+        # The server inherits the lock and holds it until its own end: two of them would take each other's
+        # socket. One whose parent was killed is still there for a moment.
+        try:
+            with exclusive(self.directory / "lock", LOCK_TIMEOUT_S, lambda: None) as lock:
+                return self._spawn(lock)
+        except TimeoutError as error:
+            raise ApiServerError(f"another API server runs in {self.directory}") from error
+
+    def _spawn(self, lock: int) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [self.binaries.kube_apiserver, *self._flags()],
+                [self.binaries.kube_apiserver, *apiserver_flags(HOST, self.port)],
                 cwd=self.directory,
                 env={
                     **os.environ,
-                    "EMBED_ETCD_DIR": "etcd",
+                    "EMBED_ETCD_DIR": ETCD_DIRECTORY,
                     "EMBED_ETCD_URL": ETCD_URL,
                     "HYPER_PARENT_PID": str(os.getpid()),
                 },
@@ -170,30 +178,8 @@ class ApiServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(lock,),
             )
-
-    def _flags(self) -> list[str]:
-        return [
-            f"--etcd-servers={ETCD_URL}",
-            f"--bind-address={HOST}",
-            # By default the address of the interface with the default route: a machine may have none.
-            f"--advertise-address={HOST}",
-            # The endpoints of the Service `kubernetes` would be that address, which no pod can reach.
-            "--endpoint-reconciler-type=none",
-            f"--secure-port={self.port}",
-            "--service-cluster-ip-range=10.96.0.0/16",
-            "--cert-dir=certs",
-            "--token-auth-file=tokens.csv",
-            "--authorization-mode=RBAC",
-            "--service-account-issuer=https://kubernetes.default.svc",
-            # The server makes this key at its first start; the standard library can't make another.
-            "--service-account-key-file=certs/apiserver.key",
-            "--service-account-signing-key-file=certs/apiserver.key",
-            # It refuses every pod in a namespace without the ServiceAccount `default`, which the
-            # controller-manager makes, and none runs here.
-            "--disable-admission-plugins=ServiceAccount",
-            "--profiling=false",
-        ]
 
 
 @contextmanager

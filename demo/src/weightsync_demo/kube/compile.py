@@ -66,18 +66,24 @@ def compile_hyper(
     """
     env = _environment(os.environ, workspace)
     progress("downloading the sources of Kubernetes and etcd (some 200 modules)")
-    total = sum(1 for _ in _lines([str(go), "list", "-deps", "./hyper"], source, env, lock))
+    packages = _lines([str(go), "list", "-deps", "./hyper"], source, env, lock)
+    total = sum(_is_package(line) for line in packages)
     flags = version_flags(source.kubernetes)
     command = [str(go), "build", "-v", "-trimpath", "-ldflags", flags, "-o", str(output), "./hyper"]
     started = told = time.monotonic()
     compiled = 0
     progress(f"compiling Kubernetes {source.kubernetes}: {total:,} packages, some minutes, only once")
     for line in _lines(command, source, env, lock):
-        compiled += not line.startswith(("#", "go: "))
+        compiled += _is_package(line)
         if time.monotonic() - told >= PROGRESS_EVERY_S:
             told = time.monotonic()
             progress(f"compiling {compiled:,} of {total:,} packages ({told - started:.0f} s)")
     progress(f"compiled and linked in {time.monotonic() - started:.0f} s")
+
+
+def _is_package(line: str) -> bool:
+    """Whether `line` names a package, rather than a module that is downloaded or a compiler's message."""
+    return bool(line) and not line.startswith(("#", "go: ")) and " " not in line
 
 
 def _environment(inherited: Mapping[str, str], workspace: Path) -> dict[str, str]:
