@@ -41,7 +41,7 @@ RESTART_SECONDS: Final = 10.0
 
 
 class Engines:
-    """Drives one engine. An order is answered by exactly one event, except a restart and what that cuts off."""
+    """Drives one engine. Each order is answered by one event, except a restart and what it cuts off."""
 
     def __init__(
         self, engine: Engine, manifests: Manifests, staging: StagingArea, post: Callable[[Event], None]

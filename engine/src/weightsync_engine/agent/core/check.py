@@ -58,6 +58,13 @@ def ask(state: State, now: float) -> tuple[State, Effects]:
     return replace(state, check=replace(check, asking=(boot, layout))), (Preflight(boot, layout),)
 
 
+def wake_at(state: State) -> float | None:
+    """When an engine that could not be asked is to be asked again."""
+    check = state.check
+    unasked = check.code is FailureCode.ENGINE_UNREACHABLE and check.asking is None
+    return check.retry_at if unasked and state.engine.reachable else None
+
+
 def _needed(state: State) -> str:
     desired, staging, known = state.desired.taken, state.staging, state.check.known
     staged = staging.wanted.layout if staging.state is StagingState.STAGED and staging.wanted else ""

@@ -228,9 +228,12 @@ def _recent(fences: tuple[float, ...], now: float) -> tuple[float, ...]:
 
 def rules(state: State, now: float) -> State:
     """Move on as far as what is known allows. Returns the same object when nothing changes."""
-    side = state.serving
+    side, desired = state.serving, state.desired.taken
     if side.commit:
         return _advance(state, side, side.commit, now)
+    if side.tried and desired and desired.commit != side.tried[1]:
+        side = replace(side, tried=None)
+        state = replace(state, serving=side)
     match side.state:
         case ServingState.INITIAL:
             state = _initial(state, side)
