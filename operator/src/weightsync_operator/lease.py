@@ -109,7 +109,8 @@ class Elector:
             started = self._clock()
             self._see(await self._put(taken))
         except NotFoundError:
-            return await self._try_to_create()
+            # Somebody deleted it: its holder, if there was one, does not know yet.
+            return self._is_free(self._seen) and await self._try_to_create()
         except ConflictError:
             return False
         except KubeError as error:
@@ -147,8 +148,6 @@ class Elector:
             self._renewed_at = started
         except ConflictError:
             await self._look_who_holds()
-        except NotFoundError as error:
-            raise LeaseLostError("the Lease was deleted") from error
         except KubeError as error:
             log.warning("lease not renewed", error=error)
         if not self.valid():
@@ -169,8 +168,8 @@ class Elector:
             self._seen, self._seen_at = record, self._clock()
         self.leader_address = record.address if record.holder else ""
 
-    def _is_free(self, record: LeaseRecord) -> bool:
-        if record.holder in ("", self.identity):
+    def _is_free(self, record: LeaseRecord | None) -> bool:
+        if record is None or record.holder in ("", self.identity):
             return True
         return self._clock() >= self._seen_at + max(record.duration_seconds, self._times.duration)
 

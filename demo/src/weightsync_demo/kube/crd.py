@@ -26,6 +26,8 @@ def apply_crds(server: ApiServer, directory: Path | None = None, timeout: float 
         raise KubeError(f"no definitions of custom resources (*.yaml) in {directory}")
     named = [f"--filename={path}" for path in files]
     server.kubectl("apply", "--server-side", "--force-conflicts", f"--field-manager={FIELD_MANAGER}", *named)
+    # Not --for=condition: that fails at once as long as a definition that was just made has no status.
+    established = '{.status.conditions[?(@.type=="Established")].status}=True'
     server.kubectl(
-        "wait", "--for=condition=Established", f"--timeout={timeout:g}s", *named, timeout=timeout + 30
+        "wait", f"--for=jsonpath={established}", f"--timeout={timeout:g}s", *named, timeout=timeout + 30
     )
