@@ -75,7 +75,7 @@ class Setup:
         try:
             stamp = json.loads((self.venv / STAMP).read_text())
             return Wanted(stamp["packages"], stamp["members"]) if self.python.exists() else None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write_stamp(self, wanted: Wanted) -> None:
@@ -102,7 +102,7 @@ class Setup:
     def install_packages(self, *, vllm: bool) -> None:
         lock = self.lock(vllm=vllm)
         count = sum(line[0].isalnum() for line in lock.read_text().splitlines())
-        with step(f"{count} packages of requirements/{lock.name}, {'2.7' if vllm else '1.9'} GB"):
+        with step(f"{count} packages of requirements/{lock.name}, {'2.7' if vllm else '1.6'} GB"):
             self.uv("sync", "--require-hashes", str(lock), advice=NETWORK)
 
     def write_stubs(self, compiler: str, *, vllm: bool) -> None:
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--without-vllm", action="store_true", help="leave vLLM out (0.8 GB)")
+    parser.add_argument("--without-vllm", action="store_true", help="leave vLLM out (1.1 GB)")
     options = parser.parse_args(arguments)
     try:
         set_up(ROOT, want_vllm=not options.without_vllm)
