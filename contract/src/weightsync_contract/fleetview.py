@@ -34,6 +34,6 @@ class FleetView:
     world_size: int
     phase: str
     message: str
-    target: VersionId | None
-    current: VersionId | None
+    target: VersionId | None = None
+    current: VersionId | None = None
     members: tuple[MemberView, ...] = ()
