@@ -1,4 +1,4 @@
-"""A bench on which an agent's core runs alone: time by hand, a journal that is always written unless told not to."""
+"""A bench on which an agent's core runs alone: time by hand, a journal that works unless told not to."""
 
 from collections import deque
 from dataclasses import replace
@@ -115,7 +115,7 @@ class Bench:
         }
         return self.send(DesiredReceived(Desired(**given)))
 
-    # ------------------------------------------------------------------------------------- ways to a usual state
+    # ----------------------------------------------------------------------- ways to a usual state
 
     def join(self, epoch: int = 1, **wants: Any) -> "Bench":
         """A member in a group."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from weightsync_contract.messages import ServingState
+from weightsync_contract.messages import Released, ServingState
 from weightsync_contract.reasons import FailureCode
 from weightsync_engine.agent.core.effects import (
     Apply,
@@ -29,7 +29,6 @@ from weightsync_engine.agent.core.events import (
     Tick,
 )
 from weightsync_engine.agent.core.journal import Journal, Record
-from weightsync_contract.messages import Released
 from weightsync_engine.permit import Mode, Permit
 
 
@@ -41,7 +40,7 @@ def records(effects):
     return [effect.entry.state for effect in effects if isinstance(effect, WriteJournal)]
 
 
-# --------------------------------------------------------------------------------------------------------- Initial
+# ----------------------------------------------------------------------------------------- Initial
 
 
 def test_a_boot_without_a_commit_has_no_permit(member):
@@ -74,7 +73,7 @@ def test_initial_weights_are_not_served_by_one_that_ever_committed_for_this_weig
     assert member.permit is None
 
 
-# -------------------------------------------------------------------------------------------------------- Applying
+# ---------------------------------------------------------------------------------------- Applying
 
 
 def test_a_commit_in_its_order(member, kit):
@@ -203,7 +202,7 @@ def test_a_late_answer_of_another_boot_is_not_taken(member):
     assert member.permit is None
 
 
-# ------------------------------------------------------------------------------------------- what may be committed
+# --------------------------------------------------------------------------- what may be committed
 
 
 def test_only_what_is_staged_is_committed(member, kit):
@@ -264,7 +263,7 @@ def test_a_new_boot_that_refuses_the_layout_is_not_given_it(member, kit):
     assert member.told.transfer.checked == ""
 
 
-# ------------------------------------------------------------------------------------------- Serving and Withheld
+# ---------------------------------------------------------------------------- Serving and Withheld
 
 
 def test_a_boot_change_takes_the_permit_away(member):
@@ -324,7 +323,7 @@ def test_the_released_serve_on(member, kit):
     assert member.told.transfer.state.value == "Aborting"
 
 
-# ---------------------------------------------------------------------------------------------------------- Fenced
+# ------------------------------------------------------------------------------------------ Fenced
 
 
 def fence(member, boot):
@@ -390,7 +389,7 @@ def test_nothing_serves_while_fenced(member, kit):
     assert member.permit is None
 
 
-# ------------------------------------------------------------------------------------------------ the agent restarts
+# ------------------------------------------------------------------------------ the agent restarts
 
 
 def test_a_restarted_agent_interrupts_nobody(member, kit):
@@ -504,6 +503,15 @@ def test_a_permit_that_could_not_be_taken_away_is_tried_again(member, kit):
     member.desire(allowed=(kit.V2,))
     assert member.send(PermitFailed(None, "read-only file system")) == []
     assert member.later(2).count(WritePermit(None)) == 1
+
+
+def test_the_engine_is_not_touched_while_nobody_knows_which_permit_lies_there(member, kit):
+    member.serve().stage(kit.V2)
+    member.desire(wanted=kit.wanted(kit.V2), allowed=(kit.V2,))
+    member.send(PermitFailed(None, "read-only file system"))
+    member.commit(kit.V2, allowed=(kit.V2,))
+    assert [e for e in member.did if isinstance(e, Apply)][1:] == []
+    assert kinds(member.later(2))[:2] == [WritePermit, Apply]
 
 
 def test_a_repeated_word_changes_nothing(member, kit):

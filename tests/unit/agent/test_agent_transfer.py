@@ -44,7 +44,7 @@ def kinds(effects):
     return [type(effect) for effect in effects]
 
 
-# ---------------------------------------------------------------------------------------------------------- joining
+# ----------------------------------------------------------------------------------------- joining
 
 
 def test_a_member_waits_for_the_endpoint(member, kit):
@@ -112,6 +112,27 @@ def test_a_child_that_does_not_die_is_not_waited_for_longer_than_two_seconds(mem
     assert OpenChild in kinds(member.later(0.2))
 
 
+def test_a_group_that_was_left_is_never_joined_again(member, kit):
+    member.join()
+    member.desire()
+    member.send(ChildExited(1))
+    assert OpenChild not in kinds(member.desire(group=kit.group(1)))
+
+
+def test_a_restarted_agent_says_at_once_that_the_epoch_has_lost_it(member, kit):
+    member.join(3)
+    agent = member.restart()
+    agent.send(EngineSeen("b1", 1))
+    assert OpenChild not in kinds(agent.desire(group=kit.group(3)))
+    told = agent.told.transfer
+    assert (told.state, told.failure.code, told.failure.epoch) == (
+        TransferState.IDLE,
+        FailureCode.CHILD_FAILED,
+        3,
+    )
+    assert OpenChild in kinds(agent.desire(group=kit.group(4)))
+
+
 def test_the_same_epoch_with_another_nonce_is_another_group(member, kit):
     member.join()
     assert KillChild(1) in member.desire(group=kit.replace(kit.group(), nonce="other"))
@@ -142,7 +163,7 @@ def test_a_child_that_ends_by_itself_is_a_failure(member):
     assert "signal 9" in told.failure.message
 
 
-# --------------------------------------------------------------------------------------------------------- checking
+# ---------------------------------------------------------------------------------------- checking
 
 
 def test_a_check_in_its_order(member, kit):
@@ -172,6 +193,16 @@ def test_a_refused_manifest_is_an_answer_and_moves_nothing(member, kit):
     assert "tensor 'x'" in told.failure.message
     assert member.later(600) == []
     assert ReceiveVersion not in kinds(member.desire(group=kit.group(), wanted=kit.wanted()))
+
+
+def test_a_refusal_is_asked_again_when_the_manifest_comes_round_again(member, kit):
+    member.join()
+    member.desire(group=kit.group(), wanted=kit.wanted(phase=Phase.CHECK))
+    refused = PreflightEnded("b1", kit.LAYOUT, FailureCode.MANIFEST_REFUSED, "no")
+    member.send(ManifestExchanged(1, kit.LAYOUT), refused)
+    member.desire(group=kit.group(2), wanted=kit.wanted(phase=Phase.CHECK))
+    did = member.send(ChildExited(1), ChildReady(2), ManifestExchanged(2, kit.LAYOUT))
+    assert Preflight in kinds(did)
 
 
 def test_no_memory_is_an_answer_before_anything_moves(member, kit):
@@ -261,7 +292,7 @@ def test_a_manifest_that_does_not_go_round_ends_the_epoch(member, kit):
     assert member.told.transfer.failure.code is FailureCode.TRANSFER_TIMEOUT
 
 
-# -------------------------------------------------------------------------------------------------------- receiving
+# --------------------------------------------------------------------------------------- receiving
 
 
 def test_a_transfer_in_its_order(member, kit):
@@ -311,6 +342,15 @@ def test_memory_that_can_not_be_sealed_is_not_staged(member, kit):
     assert kinds(member.send(StagingFailed(1, "somebody has it mapped"))) == [DropStaging]
     told = member.told.transfer
     assert (told.state, told.failure.code) == (TransferState.JOINED, FailureCode.STAGING_FAILED)
+
+
+def test_a_seal_that_fails_late_does_not_disturb_the_next_group(member, kit):
+    member.join().check().receive()
+    member.send(ChildReceived(1, kit.digest(kit.V1)))
+    member.desire(group=kit.group(2), wanted=kit.wanted(phase=Phase.CHECK))
+    member.send(ChildExited(1), ChildReady(2))
+    assert member.send(StagingFailed(1, "somebody has it mapped")) == [DropStaging(1)]
+    assert member.told.transfer.state is TransferState.CHECKING
 
 
 def test_a_transfer_has_a_deadline_also_with_the_operator_gone(member, kit):
@@ -422,7 +462,7 @@ def test_nothing_is_received_whose_manifest_is_unknown(member, kit):
     assert member.told.transfer.failure.code is FailureCode.MANIFEST_REFUSED
 
 
-# ------------------------------------------------------------------------------------------------------ the trainer
+# ------------------------------------------------------------------------------------- the trainer
 
 
 def rank_0(trainer, kit, **wants):

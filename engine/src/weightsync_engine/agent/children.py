@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -109,7 +110,7 @@ class Children:
             self._post(core.StagingFailed(order.slot, str(error)))
             return
         if child:
-            child.slot = order.slot
+            child.slots.append(order.slot)
             child.tell(Prepare(order.nbytes, PREPARE_SECONDS), fd)
 
     def send(self, order: SendVersion) -> None:
@@ -203,7 +204,7 @@ class Children:
             case ManifestReceived():
                 self._keep(child, event)
             case Prepared():
-                self._post(core.StagingAllocated(child.slot))
+                self._post(core.StagingAllocated(child.slots.popleft()))
             case Progress(count):
                 self._post(core.ChildProgress(number, count))
             case Sent():
@@ -242,7 +243,8 @@ class _Child:
     ) -> None:
         self.number = number
         self.wanted: Wanted | None = None
-        self.slot = 0
+        self.slots: deque[int] = deque()
+        """Those it has not answered about; a child does one thing after the other."""
         self._pool, self._hear, self._gone = pool, hear, gone
         self._process: ChildProcess | None = None
         self._commands: asyncio.Queue[tuple[Command, int | None]] = asyncio.Queue()

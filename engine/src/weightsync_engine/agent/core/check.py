@@ -13,8 +13,12 @@ KEPT_LAYOUTS = 8
 
 def know(state: State, layout: str) -> State:
     """The edge keeps the manifest of this layout from now on, as one of the newest."""
-    known = (*(each for each in state.check.known if each != layout), layout)[-KEPT_LAYOUTS:]
-    return replace(state, check=replace(state.check, known=known))
+    check = state.check
+    known = (*(each for each in check.known if each != layout), layout)[-KEPT_LAYOUTS:]
+    if check.layout == layout and check.code is not None:
+        # It comes round again because somebody wants to know again: a refusal is no answer for ever.
+        check = replace(check, boot="", layout="", code=None, message="")
+    return replace(state, check=replace(check, known=known))
 
 
 def answered(state: State, event: PreflightEnded, now: float) -> State:

@@ -19,6 +19,7 @@ from weightsync_engine.agent.core.state import (
     RETRY_SECONDS,
     Commit,
     EngineSide,
+    JournalSide,
     ServingSide,
     Stage,
     StagingState,
@@ -336,12 +337,18 @@ def wanted_record(state: State) -> Record | None:
             version, digest = side.commit.version, side.commit.digest
         else:
             stands, resumed = side.commit.after, False
-    elif stands is ServingState.INITIAL and (
-        durable is None or (durable.boot != side.boot and durable.fences == side.fences)
-    ):
+    elif stands is ServingState.INITIAL and _says_enough(state.journal, side):
         return durable
     message = side.failure.message if side.failure and stands is ServingState.FENCED else ""
     return Record(stands, side.boot, version, digest, resumed, side.fences, side.weightsync, message)
+
+
+def _says_enough(journal: JournalSide, side: ServingSide) -> bool:
+    """A record of another boot, or none at all, leaves this boot Initial by itself."""
+    record = journal.durable.record
+    if record is None:
+        return not (side.fences or journal.unsure or journal.durable.corrupt)
+    return record.boot != side.boot and record.fences == side.fences
 
 
 def orders(state: State, now: float) -> tuple[State, Effects]:
@@ -354,6 +361,9 @@ def orders(state: State, now: float) -> tuple[State, Effects]:
         side = replace(side, restart_at=now + RESTART_SECONDS)
         return replace(state, serving=side), (RestartEngine(side.boot, reason),)
     if commit is None or commit.asked or now < commit.retry_at or not state.engine.reachable:
+        return state, ()
+    if state.permit.unknown:
+        # A permit that could not be written may still let requests in.
         return state, ()
     asked = replace(state, serving=replace(side, commit=replace(commit, asked=True)))
     if commit.stage is Stage.RESUME:

@@ -19,7 +19,7 @@ from weightsync_contract.messages import (
     Wanted,
 )
 from weightsync_contract.reasons import FailureCode, Role
-from weightsync_engine.agent.core.journal import Journal, Record
+from weightsync_engine.agent.core.journal import Journal, Record, Seen
 from weightsync_engine.permit import Permit
 
 ABORT_SECONDS: Final = 2.0
@@ -179,7 +179,7 @@ class TransferSide:
     deadline: float = 0.0
     failure: Failure | None = None
     broken: tuple[int, str] | None = None
-    """(epoch, nonce) of the group that failed: it is never joined again."""
+    """(epoch, nonce) of the group that was left or failed: it is never joined again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +218,8 @@ class State:
     transfer: TransferSide = field(default_factory=TransferSide)
     permit: PermitSide = field(default_factory=PermitSide)
     journal: JournalSide = field(default_factory=JournalSide)
+    seen_before: tuple[Seen, ...] = ()
+    """What the journal knew when this agent started: epochs up to these were another process's."""
     source: Source = field(default_factory=Source)
     retained: int = 0
     pinned: VersionId | None = None
@@ -228,4 +230,9 @@ class State:
 
 def start(role: Role, journal: Journal, permit: Permit | None) -> State:
     """An agent that has just read its journal and the permit that lies there, and has seen nothing yet."""
-    return State(role=role, permit=PermitSide(written=permit), journal=JournalSide(durable=journal))
+    return State(
+        role=role,
+        permit=PermitSide(written=permit),
+        journal=JournalSide(durable=journal),
+        seen_before=journal.seen,
+    )

@@ -31,6 +31,7 @@ from weightsync_engine.agent.core.events import (
     StagingFailed,
     StagingSealed,
 )
+from weightsync_engine.agent.core.journal import Journal
 from weightsync_engine.agent.core.state import ABORT_SECONDS, STALL_SECONDS, StagingState, State, TransferSide
 
 Outcome = tuple[State, Effects]
@@ -133,7 +134,7 @@ def sealed(state: State, event: StagingSealed) -> State:
     if event.slot != state.staging.slot or state.staging.state is not StagingState.SEALING:
         return state
     state = replace(state, staging=replace(state.staging, state=StagingState.STAGED))
-    if state.transfer.state is TransferState.RECEIVING:
+    if _receiving_it(state):
         return _set(state, state=TransferState.JOINED, wanted=None, moving=False, deadline=0.0)
     return state
 
@@ -142,13 +143,25 @@ def staging_failed(state: State, event: StagingFailed, now: float) -> Outcome:
     """No memory. Before a transfer that is an answer; in one, the others must not be kept waiting."""
     if event.slot != state.staging.slot or state.staging.state is StagingState.STAGED:
         return state, ()
-    side, desired = state.transfer, state.desired.taken
-    if side.state is TransferState.RECEIVING and side.wanted:
-        if state.staging.state is StagingState.SEALING:
-            return _declined(state, side.wanted.version, FailureCode.STAGING_FAILED, event.message)
+    if state.staging.state is StagingState.SEALING and state.staging.wanted:
+        if _receiving_it(state):
+            return _declined(state, state.staging.wanted.version, FailureCode.STAGING_FAILED, event.message)
+        # The group that it came from is gone; what goes on now is another's.
+        return staging.drop(state)
+    if state.transfer.state is TransferState.RECEIVING:
         return _fail(state, FailureCode.STAGING_FAILED, event.message, now)
+    if state.transfer.state is not TransferState.CHECKING or state.transfer.wanted:
+        # Nobody waits for it any more: the next manifest goes round already.
+        return staging.drop(state)
+    desired = state.desired.taken
     version = desired.wanted.version if desired and desired.wanted else None
     return _declined(state, version, FailureCode.STAGING_FAILED, event.message)
+
+
+def _receiving_it(state: State) -> bool:
+    """What is being sealed is what this group just brought, not what one before it brought."""
+    side = state.transfer
+    return side.state is TransferState.RECEIVING and side.moving and side.wanted == state.staging.wanted
 
 
 # --------------------------------------------------------------------------------------- the rules
@@ -206,6 +219,11 @@ def _open(state: State, group: Group | None, now: float) -> Outcome:
     side, desired = state.transfer, state.desired.taken
     if group is None or desired is None or _key(group) == side.broken:
         return state, ()
+    if group.epoch <= Journal(seen=state.seen_before).of(desired.weightsync.uid).epoch:
+        # Whoever else was in it has lost a rank when the last agent ended: say so, instead of joining them.
+        message = f"the agent restarted, and epoch {group.epoch} had begun before"
+        failure = Failure(FailureCode.CHILD_FAILED, message, group.epoch)
+        return _set(state, failure=failure, broken=_key(group)), ()
     if group.rank != 0 and not group.endpoint:
         return state, ()
     seconds = _seconds(state, desired.timeouts.join)
@@ -220,6 +238,8 @@ def _leave(state: State, now: float) -> Outcome:
     """Nothing is said to the child: it may be in a call that never ends."""
     state, effects = staging.drop_unfinished(state)
     side = state.transfer
+    if side.group:
+        state = _set(state, broken=_key(side.group))
     if not side.child:
         return _gone(state), effects
     state = _set(state, state=TransferState.ABORTING, deadline=now + ABORT_SECONDS)
@@ -236,8 +256,7 @@ def _fail(state: State, code: FailureCode, message: str, now: float) -> Outcome:
     side = state.transfer
     version = side.wanted.version if side.wanted else None
     epoch = side.group.epoch if side.group else 0
-    broken = _key(side.group) if side.group else side.broken
-    state = _set(state, failure=Failure(code, message, epoch, version), broken=broken)
+    state = _set(state, failure=Failure(code, message, epoch, version))
     return _leave(state, now)
 
 
