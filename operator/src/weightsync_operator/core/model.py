@@ -1,4 +1,4 @@
-"""What decide sees (World), remembers (Memory) and answers (Plan). All frozen; times are monotonic seconds."""
+"""What decide sees (World) and answers (Plan). All frozen; times are monotonic seconds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from weightsync_contract.messages import (
 )
 from weightsync_contract.reasons import Outcome
 
-# --------------------------------------------------------------------------------------------------------- the spec
+# ---------------------------------------------------------------------------- the spec
 
 
 class InitialWeights(StrEnum):
@@ -47,7 +47,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A WeightSync's spec, with units resolved. ``unsupported`` names fields whose work comes with a later release."""
+    """A WeightSync's spec, with units resolved. ``unsupported``: fields whose work comes with a later release."""
 
     trainer: Selector
     inference: Selector
@@ -64,7 +64,7 @@ class Spec:
     unsupported: tuple[str, ...] = ()
 
 
-# ------------------------------------------------------------------------------------------------------- the status
+# ---------------------------------------------------------------------------- the status
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class SourceStatus:
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """The newest epoch that was ever handed out. ``members``: ``<first rank>:<ranks>:<pod name>:<pod uid>``."""
+    """The newest epoch ever handed out. ``members``: ``<first rank>:<ranks>:<pod name>:<pod uid>``."""
 
     epoch: int
     world_size: int = 0
@@ -129,7 +129,7 @@ class ConditionStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A WeightSync's status: what must survive the operator, and what people read. In JSON by contract.codec."""
+    """A WeightSync's status: what must survive the operator, and what people read."""
 
     observed_generation: int = 0
     term: int = 0
@@ -143,7 +143,7 @@ class Status:
     conditions: tuple[ConditionStatus, ...] = ()
 
 
-# -------------------------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------- the world
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +211,8 @@ class Plan:
     """What to do now.
 
     The order is fixed and part of the safety: the status is written first (if it differs), with the
-    resourceVersion that the World was built from; only when that succeeded are ``desired`` and ``released`` sent
-    and the events recorded, and only then does the returned Memory replace the old one.
+    resourceVersion that the World was built from; only when that succeeded are ``desired`` and ``released``
+    sent and the events recorded, and only then does the returned Memory replace the old one.
     """
 
     status: Status
