@@ -173,7 +173,8 @@ class World:
                 self.demand(self.slots.get(effect.slot) is not None, "sealed what no complete version is in")
             case do.DropStaging():
                 self.demand(effect.slot in self.slots, "dropped what is not there")
-                self.demand(self.applying != effect.slot, "dropped what is being applied")
+                ended = self.state.serving.state is ServingState.FENCED
+                self.demand(ended or self.applying != effect.slot, "dropped what is being applied")
                 del self.slots[effect.slot]
                 self.sealed.discard(effect.slot)
                 return
@@ -439,6 +440,11 @@ class World:
         ):
             self.epoch, self.nonce = max(self.epoch, transfer.epoch) + 1, self.nonce + 1
         staged = transfer.state is TransferState.STAGED and transfer.version == version
+        moved = transfer.state is TransferState.JOINED and self.state.transfer.done == version
+        if moved and self.state.transfer.group.epoch == self.epoch:
+            # It went round in this group and was given back since: only another group brings it again.
+            self.epoch, self.nonce = self.epoch + 1, self.nonce + 1
+        failed = told.serving.failure is not None and told.serving.failure.version == version
         phase = Phase.TRANSFER if staged or transfer.checked == LAYOUTS[version] else Phase.CHECK
         return Desired(
             ObjectRef("n", "w", "uid"),
@@ -446,7 +452,7 @@ class World:
             self.seq,
             group=Group(self.epoch, f"n{self.nonce}", 1, 1, 2, "h:1"),
             wanted=Wanted(version, LAYOUTS[version], f"digest-{version}", 1000, phase),
-            commit=version if staged else None,
+            commit=version if staged and not (failed and self.random.random() < 0.5) else None,
             commit_digest=f"digest-{version}",
             allowed=(version,),
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -129,10 +130,18 @@ class Engines:
         self._post(PreflightEnded(order.boot, order.layout, code, message))
 
     async def _apply(self, order: Apply) -> None:
-        fd, manifest = self._staging.fd(order.slot), self._manifests.get(order.layout)
-        staged = Staged(order.version, order.layout, order.digest, order.nbytes, fd, manifest)
+        # A descriptor of its own: the slot may be given back while a fenced engine still reads it.
+        fd = os.dup(self._staging.fd(order.slot))
         try:
+            manifest = self._manifests.get(order.layout)
+            staged = Staged(order.version, order.layout, order.digest, order.nbytes, fd, manifest)
+            # The last probe may be a second old, and another boot was not asked for this.
+            info = await self._engine.probe()
+            if info.boot != order.boot:
+                raise ApplyError(True, f"the engine restarted: boot {info.boot}, not {order.boot}")
             await self._engine.apply(staged, order.in_flight, order.seconds)
+        except EngineUnreachableError as error:
+            self._post(ApplyFailed(order.boot, order.slot, True, f"nothing was applied: {error}"))
         except ApplyError as error:
             log.error("apply failed", version=order.version, clean=error.clean, why=error)
             self._post(ApplyFailed(order.boot, order.slot, error.clean, str(error)))
@@ -142,6 +151,8 @@ class Engines:
             self._post(ApplyFailed(order.boot, order.slot, False, f"{error!r}"))
         else:
             self._post(ApplyDone(order.boot, order.slot))
+        finally:
+            os.close(fd)
 
     async def _resume(self, order: Resume) -> None:
         message = ""

@@ -49,7 +49,9 @@ def _transfer(state: State) -> Transfer:
     side, check, staging = state.transfer, state.check, state.staging
     wanted = side.wanted or (state.desired.taken.wanted if state.desired.taken else None)
     trainer = state.role is Role.TRAINER
-    checked = check.code is None and (trainer or check.boot == state.serving.boot)
+    # Checked is who has taken part in the check to its end: the manifest, the engine's answer and the memory.
+    over = side.state is not TransferState.CHECKING and side.refused is None
+    checked = over and check.code is None and (trainer or check.boot == state.serving.boot)
     told = Transfer(
         state=side.state,
         epoch=side.group.epoch if side.group else _last_epoch(state),
@@ -58,21 +60,21 @@ def _transfer(state: State) -> Transfer:
         checked=check.layout if checked else "",
         failure=side.failure,
     )
-    quiet = side.state in (TransferState.IDLE, TransferState.JOINED)
-    if quiet and staging.state is StagingState.STAGED and staging.wanted:
+    busy = side.state in (TransferState.CHECKING, TransferState.RECEIVING, TransferState.SENDING)
+    if not busy and staging.state is StagingState.STAGED and staging.wanted:
+        quiet = side.state in (TransferState.IDLE, TransferState.JOINED)
         return replace(
             told,
-            state=TransferState.STAGED,
+            state=TransferState.STAGED if quiet else side.state,
             version=staging.wanted.version,
             bytes=staging.nbytes,
             total_bytes=staging.nbytes,
             digest=staging.digest,
         )
-    over = wanted and wanted.phase is Phase.TRANSFER and wanted.version == side.done
-    if trainer and over and side.state is TransferState.JOINED and wanted:
+    sent = wanted and wanted.phase is Phase.TRANSFER and wanted.version == side.done
+    if trainer and sent and side.state is TransferState.JOINED and wanted:
         total = wanted.total_bytes
         return replace(told, state=TransferState.SENT, version=side.done, bytes=total, total_bytes=total)
-    busy = side.state in (TransferState.CHECKING, TransferState.RECEIVING, TransferState.SENDING)
     if busy and wanted:
         return replace(told, version=wanted.version, bytes=side.bytes, total_bytes=wanted.total_bytes)
     return told

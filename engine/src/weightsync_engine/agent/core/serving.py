@@ -54,13 +54,10 @@ def _rebooted(side: ServingSide, boot: str, now: float) -> ServingSide:
     )
     if side.commit is None or side.commit.stage is not Stage.APPLY or not side.commit.asked:
         return fresh
-    # It died of the apply, or in it: that counts, else a version that kills engines is tried for ever.
-    fences = _recent(side.fences, now)
+    # What was asked of the boot before may be reaching this one: it may be mixed as well. And an engine that dies
+    # in an apply counts, else a version that kills engines would be tried for ever.
     message = f"the engine restarted while it applied {side.commit.version}"
-    failure = Failure(FailureCode.ENGINE_RESTARTED, message, version=side.commit.version)
-    if len(fences) >= FENCE_LIMIT:
-        return replace(fresh, state=ServingState.FENCED, fences=fences, failure=failure)
-    return replace(fresh, fences=fences, failure=failure)
+    return _fenced(replace(side, boot=boot), FailureCode.ENGINE_RESTARTED, message, now)
 
 
 def _found(state: State, boot: str, now: float) -> ServingSide:
