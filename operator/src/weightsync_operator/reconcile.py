@@ -52,6 +52,8 @@ class _Known(Generic[M]):
     uid: str
     memory: M
     view: FleetView | None = None
+    listed_epoch: int = 0
+    """Newest epoch whose pods were looked up in an authoritative LIST."""
 
 
 class Reconciler(Generic[M]):
@@ -92,7 +94,6 @@ class Reconciler(Generic[M]):
 
         Raises StoodDownError, or a KubeError when the pass has to be made again later.
         """
-        listed = False
         for _ in range(_ATTEMPTS):
             stored = self._store.weightsync(key)
             if stored is None:
@@ -103,10 +104,11 @@ class Reconciler(Generic[M]):
             plan, memory = self._decide(world, known.memory)
             if plan.stand_down:
                 raise StoodDownError(f"{key[0]}/{key[1]}: another leader holds a higher term")
-            if not listed and _gives_ranks(world, plan):
+            epoch = _newest_epoch(plan)
+            if epoch > max(known.listed_epoch, _written_epoch(world)):
                 # A watch may have missed that a pod went; a rank for it can't be taken back.
                 await self._truth.refresh_pods(stored.ref.namespace)
-                listed = True
+                known.listed_epoch = epoch
                 continue
             if not await self._persist(stored, plan):
                 continue
@@ -202,6 +204,10 @@ class Reconciler(Generic[M]):
         return max(view.hello.term, view.observed.highest_term if view.observed else 0)
 
 
-def _gives_ranks(world: World, plan: Plan) -> bool:
-    before = world.status.group.epoch if world.status.group else 0
-    return plan.status.group is not None and plan.status.group.epoch != before
+def _written_epoch(world: World) -> int:
+    return world.status.group.epoch if world.status.group else 0
+
+
+def _newest_epoch(plan: Plan) -> int:
+    asked = [each.group.epoch for each in plan.desired.values() if each.group is not None]
+    return max([plan.status.group.epoch if plan.status.group else 0, *asked])

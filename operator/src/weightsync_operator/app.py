@@ -1,0 +1,224 @@
+"""The operator put together: watch -> store -> queue -> decide -> status, then agents."""
+
+import asyncio
+import secrets
+import signal
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from weightsync_contract import logs
+from weightsync_operator.core.decide import decide
+from weightsync_operator.core.memory import Memory
+from weightsync_operator.core.model import PodView
+from weightsync_operator.fleet import FleetServer
+from weightsync_operator.health import Health
+from weightsync_operator.kube.api import Api
+from weightsync_operator.kube.connection import Connection
+from weightsync_operator.kube.errors import KubeError
+from weightsync_operator.kube.reviews import User, may_read, review_token
+from weightsync_operator.lease import Elector, LeaseLostError
+from weightsync_operator.reconcile import Reconciler, StoodDownError
+from weightsync_operator.recorder import Recorder
+from weightsync_operator.servers import Ports
+from weightsync_operator.session.auth import Authenticator
+from weightsync_operator.session.connection import KeepAlive
+from weightsync_operator.session.registry import Registry
+from weightsync_operator.session.server import Leadership, SessionServer
+from weightsync_operator.settings import Settings
+from weightsync_operator.store import Key, Store
+from weightsync_operator.truth import Truth
+from weightsync_operator.watch import Watch
+from weightsync_operator.workqueue import WorkQueue
+
+log = logs.get(__name__)
+
+_PASS_SECONDS: Final = 30.0
+_PROGRESS_SECONDS: Final = 0.5
+_WORKERS: Final = 4
+
+
+class Operator:
+    """One replica. ``run`` returns when it was told to stop and raises when it must not go on.
+
+    Make it within the event loop that is to run it. Raises OSError if a port can't be had.
+    """
+
+    def __init__(self, settings: Settings, connection: Connection) -> None:
+        self._ports = Ports(settings)
+        identity = f"{settings.identity}_{secrets.token_hex(4)}"
+        self._api = Api(connection)
+        self._store = Store()
+        self._queue: WorkQueue[Key] = WorkQueue()
+        self._health = Health(ticked_at=lambda: self._queue.ticked_at)
+        self._registry = Registry(self._agents_changed)
+        self._recorder = Recorder(self._api, identity)
+        self._leading = False
+        self._elector = Elector(
+            self._api,
+            settings.lease_namespace or connection.namespace,
+            identity,
+            f"{settings.advertised_host}:{self._ports.session}",
+            settings.lease,
+        )
+        self._truth = Truth(
+            self._api, self._store, self._health, settings.namespace, self._queue.add, self._pod_gone
+        )
+        self._watch = Watch(
+            connection, settings.namespace, self._truth.weightsync_event, self._truth.pod_event
+        )
+        self._reconciler = Reconciler(
+            api=self._api,
+            store=self._store,
+            registry=self._registry,
+            truth=self._truth,
+            decide=decide,
+            new_memory=Memory,
+            valid=self._elector.valid,
+            record=self._recorder.record,
+        )
+        log.info(
+            "listening",
+            identity=identity,
+            host=settings.session_host,
+            session=self._ports.session,
+            health=self._ports.health,
+        )
+        if settings.ports_file:
+            self._ports.write(Path(settings.ports_file))
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until ``stop``. Raises LeaseLostError or StoodDownError: end the process then, at once."""
+        await self._ports.serve(self._session_app(), self._health_app())
+        try:
+            await self._work_until(stop)
+        finally:
+            self._leading = False
+            self._queue.close()
+            self._registry.close_all("this replica ends: dial the next leader")
+            await asyncio.gather(self._ports.close(), self._watch.stop())
+        await self._elector.release()
+        self._api.close()
+        log.info("ended")
+
+    async def _work_until(self, stop: asyncio.Event) -> None:
+        work = asyncio.create_task(self._work())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            work.cancel()
+            stopping.cancel()
+            await asyncio.gather(work, stopping, return_exceptions=True)
+
+    async def _work(self) -> None:
+        await self._truth.list_until_done()
+        self._watch.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch_ends())
+                group.create_task(self._truth.list_for_ever())
+                group.create_task(self._elector.run())
+                group.create_task(self._lead())
+                group.create_task(self._recorder.run())
+        except* (LeaseLostError, StoodDownError) as errors:
+            raise _first(errors) from None
+
+    async def _watch_ends(self) -> None:
+        await self._watch.ended()
+        raise StoodDownError("watching ended, this replica sees nothing any more")
+
+    async def _lead(self) -> None:
+        await self._elector.elected.wait()
+        await self._truth.list_until_done()
+        self._reconciler.leading_since = time.monotonic()
+        self._leading = True
+        for each in self._store.weightsyncs():
+            self._queue.add(each.key)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_WORKERS):
+                group.create_task(self._reconcile_for_ever())
+
+    async def _reconcile_for_ever(self) -> None:
+        while True:
+            key = await self._queue.take()
+            try:
+                async with asyncio.timeout(_PASS_SECONDS):
+                    again = await self._reconciler.reconcile(key)
+            except StoodDownError:
+                raise
+            except (KubeError, TimeoutError) as error:
+                seconds = self._queue.retry(key)
+                log.warning("pass failed", weightsync="/".join(key), error=repr(error), again_in=seconds)
+            except Exception:
+                seconds = self._queue.retry(key)
+                log.exception("pass failed", weightsync="/".join(key), again_in=seconds)
+            else:
+                self._queue.succeeded(key)
+                if again is not None:
+                    self._queue.add_after(key, again)
+            finally:
+                self._queue.done(key)
+
+    def _leadership(self) -> Leadership:
+        if self._leading and self._elector.valid():
+            return Leadership(ready=True)
+        own = self._elector.elected.is_set()
+        return Leadership(ready=False, address="" if own else self._elector.leader_address)
+
+    def _pod_gone(self, pod: PodView) -> None:
+        self._registry.forget(pod.uid)
+
+    def _agents_changed(self, namespace: str, only_bytes: bool) -> None:
+        weightsyncs = self._store.weightsyncs(namespace)
+        for each in weightsyncs:
+            if only_bytes:
+                self._queue.add_after(each.key, _PROGRESS_SECONDS)
+            else:
+                self._queue.add(each.key)
+        if not weightsyncs and self._leading:
+            self._reconciler.release_unwanted(namespace)
+
+    def _session_app(self) -> web.Application:
+        async def review(token: str, audience: str) -> User | None:
+            return await review_token(self._api, token, audience)
+
+        async def allowed(user: User, namespace: str, name: str) -> bool:
+            return await may_read(self._api, user, namespace, name)
+
+        app = web.Application()
+        SessionServer(
+            self._registry,
+            Authenticator(review, self._truth.find_pod),
+            self._leadership,
+            self._elector.valid,
+            KeepAlive(),
+        ).add_routes(app)
+        FleetServer(self._reconciler.view, self._leadership, review, allowed).add_routes(app)
+        return app
+
+    def _health_app(self) -> web.Application:
+        app = web.Application()
+        self._health.heard()
+        self._health.add_routes(app)
+        return app
+
+
+def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def run_until_signal(settings: Settings, connection: Connection) -> None:
+    """Run a replica until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Operator(settings, connection).run(stop)
