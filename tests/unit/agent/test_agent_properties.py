@@ -420,7 +420,9 @@ class World:
                 )
                 self.demand(not self.engine.paused, "serves though paused")
                 return
-            if told.serving.state is ServingState.FENCED and self.state.serving.restart_at is None:
+            stays = told.serving.state is ServingState.FENCED and self.state.serving.restart_at is None
+            if stays or self.state.check.code is FailureCode.MANIFEST_REFUSED:
+                # Somebody looks after it: an engine that says no goes on saying no.
                 self.engine.restart()
             self.send(on.DesiredReceived(self.honest(version, told)))
             while self.jobs:

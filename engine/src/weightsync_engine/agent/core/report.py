@@ -50,7 +50,8 @@ def _transfer(state: State) -> Transfer:
     wanted = side.wanted or (state.desired.taken.wanted if state.desired.taken else None)
     trainer = state.role is Role.TRAINER
     # Checked is who has taken part in the check to its end: the manifest, the engine's answer and the memory.
-    over = side.state is not TransferState.CHECKING and side.refused is None
+    refused = side.refused is not None and wanted is not None and side.refused == wanted.version
+    over = side.state is not TransferState.CHECKING and not refused
     checked = over and check.code is None and (trainer or check.boot == state.serving.boot)
     told = Transfer(
         state=side.state,
