@@ -1,8 +1,8 @@
 """The one decision: from all that is known to all that is to be done. Pure.
 
 First the gates, in this order: a leader that another one has replaced stands down; a term is written
-before anything is said under it; the last leader's agents are waited for; a spec that asks for more than there
-is moves nothing. Then the rules (rules.py), until none has anything more to say.
+before anything is said under it; the last leader's agents are waited for; a spec that asks for more than
+there is moves nothing. Then the rules (rules.py), until none has anything more to say.
 """
 
 from dataclasses import replace

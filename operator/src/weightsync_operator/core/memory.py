@@ -60,8 +60,8 @@ class Epoch:
 class Round:
     """One attempt to bring a version to some members.
 
-    A rollout brings a new version to all who are there when it begins; a catch-up brings the current one to those
-    without it.
+    A rollout brings a new version to all who are there when it begins; a catch-up brings the current one to
+    those without it.
     """
 
     target: VersionTarget

@@ -47,7 +47,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A WeightSync's spec, with units resolved. ``unsupported``: fields whose work comes with a later release."""
+    """A WeightSync's spec, with units resolved. ``unsupported``: fields that a later release will have."""
 
     trainer: Selector
     inference: Selector

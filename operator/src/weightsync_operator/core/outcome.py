@@ -90,8 +90,9 @@ def fail(facts: Facts, state: State, reason: Reason, message: str) -> State:
     failed = FailedRollout(version, reason, message, facts.world.generation, tuple(sorted(facts.members)))
     state = state.write(rollout=_status(round_, Outcome.FAILED))
     state = forgive(facts, state.remember(round=None, failed=failed))
-    if not any(member.has(version) or member.applies(version) for member in facts.members.values()):
-        # Nobody has begun to switch to it.
+    begun = any(member.has(version) or member.applies(version) for member in facts.members.values())
+    if round_.step is not Step.COMMITTING and not begun:
+        # Nobody was told to switch to it.
         state = state.remember(allowed=tuple(each for each in state.memory.allowed if each != version))
     if round_.step is not Step.COMMITTING:
         state = state.remember(epoch=None)

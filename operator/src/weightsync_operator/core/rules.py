@@ -12,6 +12,7 @@ from weightsync_operator.core.memory import REASON_OF_STEP, Round, Step
 from weightsync_operator.core.outcome import drop, fail
 from weightsync_operator.core.source import target
 from weightsync_operator.core.steps import broken, checked, joined, listened, overdue, transferred
+from weightsync_operator.core.takeover import go_forward
 
 Rule = Callable[[Facts, State], State | None]
 
@@ -69,9 +70,13 @@ def _open_to_change(facts: Facts, round_: Round) -> bool:
         # Those who wait for their engines can as well wait for the newer version.
         return not any(member.applies(version) for member in facts.scope(round_))
     # An epoch was lost, and nobody has the old one: the next transfer may as well bring the new one.
-    return round_.step is Step.GATHERING and not any(
-        member.has(version) or member.applies(version) or member.holds(round_.target, facts.verify)
-        for member in facts.scope(round_)
+    return (
+        round_.step is Step.GATHERING
+        and round_.loss
+        and not any(
+            member.has(version) or member.applies(version) or member.holds(round_.target, facts.verify)
+            for member in facts.scope(round_)
+        )
     )
 
 
@@ -110,6 +115,7 @@ RULES: Final[tuple[Rule, ...]] = (
     gather,
     commit,
     close_lost,
+    go_forward,
     start_rollout,
     start_catch_up,
 )

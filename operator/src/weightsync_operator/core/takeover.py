@@ -116,6 +116,21 @@ def _reason(text: str) -> Reason:
     return Reason(text) if text in known else Reason.TRANSFER_FAILED
 
 
+def go_forward(facts: Facts, state: State) -> State | None:
+    """Members serve a later version than this leader knows of: the last one's word reached them after it was
+    gone. It was verified like any other, so all are brought to it."""
+    if state.round is not None or facts.world.spec.paused:
+        return None
+    known = state.memory.allowed
+    if not any(established(each) and each.serving.version not in known for each in facts.members.values()):
+        return None
+    under_way = _under_way(facts, state)
+    if under_way is None or not any(each.has(under_way.version) for each in facts.members.values()):
+        return None
+    scope = [member for member in facts.members.values() if _takes_part(member)]
+    return begin(facts, state, under_way, scope, catch_up=False, frozen=True)
+
+
 def _under_way(facts: Facts, state: State) -> VersionTarget | None:
     """The version that members have in hand or already serve, and that the status does not know yet."""
     rollout = state.status.rollout

@@ -359,14 +359,14 @@ def _serve(agent: Agent, told: Desired) -> None:
         return
     serving, transfer = agent.serving, agent.transfer
     clean = (ServingState.INITIAL, ServingState.SERVING, ServingState.WITHHELD)
-    if told.commit and serving.version != told.commit and serving.state in clean:
-        if transfer.state is TransferState.STAGED and transfer.version == told.commit:
-            if "commit" in agent.stuck or agent.fail("commit"):
-                return
-            agent.serving = Serving(ServingState.SERVING, agent.boot, told.commit, transfer.digest)
-            state = TransferState.JOINED if transfer.nonce else TransferState.IDLE
-            agent.transfer = replace(transfer, state=state, version=None, digest="")
+    staged = transfer.state is TransferState.STAGED and transfer.version == told.commit
+    if told.commit and staged and serving.version != told.commit and serving.state in clean:
+        if "commit" in agent.stuck or agent.fail("commit"):
             return
+        agent.serving = Serving(ServingState.SERVING, agent.boot, told.commit, transfer.digest)
+        state = TransferState.JOINED if transfer.nonce else TransferState.IDLE
+        agent.transfer = replace(transfer, state=state, version=None, digest="")
+        return
     allowed = serving.version in told.allowed or serving.version == told.commit
     if serving.state is ServingState.SERVING and not allowed:
         agent.serving = replace(serving, state=ServingState.WITHHELD)
