@@ -43,7 +43,7 @@ def test_rates(text, rate):
     ("arguments", "says"),
     [
         (["--limit-rate", "fast"], "'fast' is no rate: give bytes a second, as 20MiB"),
-        (["--limit-rate", "-3"], "expected one argument"),
+        (["--limit-rate", "-3"], "'-3' is no rate"),
         (["--health-port", "70000"], "'70000' is no port"),
         (["--operator", "operator:8443"], "is no ws://HOST:PORT"),
         (["--role", "router"], "invalid choice: 'router'"),
