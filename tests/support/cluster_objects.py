@@ -1,6 +1,5 @@
 """Objects that tests of the operator make at a real API server."""
 
-import json
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -117,14 +116,3 @@ class ClusterObjects:
 
     def _type(self) -> tuple[str, str, str, str]:
         return GROUP, API_VERSION, self.namespace, PLURAL
-
-
-def audit_writes(lines: str, user_agent: str) -> list[tuple[str, str]]:
-    """Verb and path of every write that a client made, from an audit log in JSON lines."""
-    writes = []
-    for line in lines.splitlines():
-        entry = json.loads(line)
-        if entry["verb"] in ("get", "list", "watch") or user_agent not in entry.get("userAgent", ""):
-            continue
-        writes.append((entry["verb"], entry["requestURI"]))
-    return writes

@@ -96,6 +96,7 @@ class FakeAgent:
         role: Role,
         token: Callable[[], str],
         redial_seconds: float = 0.05,
+        ranks: int = 1,
     ) -> None:
         self.network, self.pod, self.role = network, pod, role
         self.counters = Counters()
@@ -110,7 +111,7 @@ class FakeAgent:
         self.held: set[Stop] = set()
         self.served: list[VersionId] = []
         self.terms: list[int] = []
-        self.ranks = 1
+        self.ranks = ranks
         self._urls, self._token, self._redial_seconds = urls, token, redial_seconds
         self._changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -185,7 +186,7 @@ class FakeAgent:
         async with ClientSession() as http:
             while True:
                 urls = self._urls()
-                url = leader or urls[attempt % len(urls)]
+                url = leader or (urls[attempt % len(urls)] if urls else "http://127.0.0.1:1")
                 attempt += 1
                 leader = ""
                 try:

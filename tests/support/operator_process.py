@@ -1,6 +1,5 @@
 """An operator as a process of its own, as it runs in a pod."""
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -8,8 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 START_SECONDS = 30.0
@@ -34,6 +32,10 @@ class OperatorProcess:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.ports['session']}"
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -92,25 +94,11 @@ class OperatorProcess:
                 return int(line.split()[1]) / 1024
         raise AssertionError("no VmRSS")
 
-    def _wait(self, condition: object) -> None:
-        assert self._process is not None and callable(condition)
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         while not condition():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"{self.name} did not start:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.05)
-
-
-@contextmanager
-def operator_process(
-    directory: Path, kubeconfig: Path, name: str = "operator", *arguments: str
-) -> Iterator[OperatorProcess]:
-    """A running operator; it is ended in any case."""
-    operator = OperatorProcess(directory, kubeconfig, name, *arguments)
-    try:
-        operator.start()
-        yield operator
-    finally:
-        with contextlib.suppress(AssertionError, ProcessLookupError, subprocess.TimeoutExpired):
-            operator.kill()

@@ -142,7 +142,7 @@ def _unsupported(spec: Mapping[str, Any]) -> tuple[str, ...]:
         "transport.backend NCCL": transport.get("backend") == "NCCL",
         "transport.mode PerTensor": transport.get("mode") == "PerTensor",
     }
-    return tuple(name for name, is_asked in asked.items() if is_asked)
+    return tuple(f"{name} (planned for 0.2)" for name, is_asked in asked.items() if is_asked)
 
 
 def _leave_out_empty_texts(value: Any, document: Any) -> None:
