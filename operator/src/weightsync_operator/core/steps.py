@@ -9,7 +9,7 @@ from weightsync_operator.core.blame import Trouble
 from weightsync_operator.core.exclusion import exclude
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.gather import regroup
-from weightsync_operator.core.limits import GRACE, RETRIES, SETTLE
+from weightsync_operator.core.limits import GRACE, NAMES, RETRIES, SETTLE
 from weightsync_operator.core.memory import Epoch, Round, Step
 from weightsync_operator.core.model import Participant
 from weightsync_operator.core.outcome import enter, fail, follow
@@ -132,8 +132,10 @@ def _told(facts: Facts, state: State, round_: Round, epoch: Epoch, found: list[T
     reason, message = found[0].reason, found[0].message
     blamed = [each for each in away or suspects if each.rank != 0]
     if not blamed:
-        slow = [each for each in found if each.code is FailureCode.TRANSFER_TIMEOUT]
-        if slow and round_.step is Step.TRANSFERRING and all(each.participant.rank != 0 for each in slow):
+        slow = [
+            each for each in found if each.code is FailureCode.TRANSFER_TIMEOUT and each.participant.rank != 0
+        ]
+        if slow and round_.step is Step.TRANSFERRING:
             return _without(facts, state, slow)
         return _again(facts, state, reason, message)
     lost = "its agent's session is gone" if away else "it said nothing while others lost it"
@@ -146,7 +148,8 @@ def _without(facts: Facts, state: State, culprits: list[Trouble]) -> State:
     for each in culprits:
         member = facts.members[each.participant.uid]
         state = exclude(facts, state, member, each.reason, each.message, each.lasting)
-    return regroup(facts, state)
+    messages = "; ".join(each.message for each in culprits[:NAMES])
+    return regroup(facts, state.change(reason=culprits[0].reason, message=messages))
 
 
 def _again(facts: Facts, state: State, reason: Reason, message: str) -> State:

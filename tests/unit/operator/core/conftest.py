@@ -106,6 +106,8 @@ class Agent:
         if what is None:
             return False
         epoch, version = self.transfer.epoch, None
+        if step == "join" and self.told and self.told.group:
+            epoch = self.told.group.epoch
         if self.told and self.told.wanted:
             version = self.told.wanted.version
         failure = what if isinstance(what, Failure) else Failure(what, f"broken at {step}", epoch, version)
@@ -318,6 +320,11 @@ def _obey(fleet: Fleet, agent: Agent, told: Desired) -> None:
         ranks = sum(each.ranks for each in fleet.agents if _key(each) == _key(agent))
         if ranks == group.world_size:
             agent.transfer = replace(transfer, state=TransferState.JOINED)
+        return
+    named = (told.commit, told.wanted.version if told.wanted else None)
+    if transfer.state is TransferState.STAGED and transfer.version not in named:
+        state = TransferState.JOINED if transfer.nonce else TransferState.IDLE
+        agent.transfer = replace(transfer, state=state, version=None, digest="")
         return
     if told.wanted is not None and transfer.nonce:
         _move(fleet, agent, told)

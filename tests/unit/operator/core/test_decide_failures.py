@@ -1,0 +1,584 @@
+"""What fails ends within its deadline, without those who failed, and with a reason."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from weightsync_contract.messages import Failure, Serving, ServingState, Transfer, TransferState, VersionId
+from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
+
+V2 = VersionId("a", 2)
+
+
+def failed(fleet: Any, reason: Reason) -> None:
+    """The rollout of version 2 failed, and everybody who served version 1 still does."""
+    assert fleet.status.rollout.outcome is Outcome.FAILED
+    assert fleet.condition(Condition.PROGRESSING)[:2] == ("False", reason)
+    assert fleet.condition(Condition.READY)[:2] == ("False", Reason.DEGRADED)
+    assert fleet.status.current.version == 1
+    assert None not in fleet.serving()
+    assert len(fleet.events(reason)) == 1
+
+
+@pytest.fixture
+def four(make: Any) -> Any:
+    """Four members that serve version 1; one may be missing."""
+    fleet = make(members=4)
+    fleet.publish(1)
+    fleet.run()
+    fleet.notes.clear()
+    return fleet
+
+
+# ---------------------------------------------------------------------------- joining
+
+
+def test_a_silent_member_is_left_out_at_the_join_deadline(make: Any) -> None:
+    fleet = make(members=4)
+    fleet.members[2].stuck.add("join")
+    fleet.publish(1)
+    fleet.wait(59)
+    assert fleet.serving() == [None] * 4
+    fleet.wait(4)
+    assert fleet.serving() == [1, 1, None, 1]
+    assert "uid-m2" not in " ".join(fleet.status.group.members)
+    assert fleet.status.rollout.outcome is Outcome.SUCCEEDED
+    assert fleet.condition(Condition.MEMBERS_HEALTHY)[:2] == ("False", Reason.EXCLUDED)
+    assert "m2: it did not join in time" in fleet.condition(Condition.MEMBERS_HEALTHY)[2]
+    assert fleet.status.members.excluded == 1
+
+
+def test_a_member_that_says_it_can_not_join_is_left_out_at_once(four: Any) -> None:
+    four.members[1].restart_agent()
+    four.members[1].fails["join"] = FailureCode.CHILD_FAILED
+    four.publish(2)
+    four.run()
+    assert four.serving() == [2, None, 2, 2]
+    four.wait(10)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_too_many_silent_members_fail_the_rollout_and_nobody_is_withheld(four: Any) -> None:
+    for member in four.members[:2]:
+        member.restart_agent()
+        member.stuck.add("join")
+    four.publish(2)
+    four.wait(70)
+    failed(four, Reason.JOIN_TIMEOUT)
+    assert four.serving() == [1, 1, 1, 1]
+
+
+def test_who_tells_of_a_join_timeout_is_not_blamed(four: Any) -> None:
+    four.members[3].restart_agent()
+    four.members[3].stuck.add("join")
+    four.publish(2)
+    four.until(four.step_is("Joining"))
+    for _ in range(3):
+        four.obey()
+    epoch = four.status.group.epoch
+    told = Failure(FailureCode.JOIN_TIMEOUT, "not all ranks joined in time", epoch)
+    for member in four.members[:3]:
+        member.transfer = Transfer(epoch=epoch, failure=told)
+    four.wait(1)
+    assert not four.memory.exclusions
+    four.wait(3)
+    assert [each.uid for each in four.memory.exclusions if each.active] == ["uid-m3"]
+    assert four.serving() == [2, 2, 2, None]
+
+
+def test_a_trainer_that_does_not_listen_is_tried_again_a_few_times(four: Any) -> None:
+    four.trainer.restart_agent()
+    four.trainer.stuck.add("join")
+    four.publish(2)
+    four.wait(400)
+    failed(four, Reason.JOIN_TIMEOUT)
+    assert "trainer" in four.condition(Condition.PROGRESSING)[2]
+    assert not four.memory.exclusions
+
+
+def test_a_trainer_that_listens_at_the_second_try_is_good_enough(four: Any) -> None:
+    four.trainer.restart_agent()
+    four.trainer.stuck.add("join")
+    four.publish(2)
+    four.wait(70)
+    four.trainer.stuck.clear()
+    four.wait(10)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+# ---------------------------------------------------------------------------- checking
+
+
+def test_a_refused_manifest_names_pod_and_tensor_and_moves_nothing(four: Any) -> None:
+    message = "model.layers.7.weight: [8, 4], the engine has [8, 8]: publish the shape that it was built with"
+    for member in four.members:
+        member.fails["check"] = Failure(FailureCode.MANIFEST_REFUSED, message, 1, V2)
+    seen = []
+    four.hook = lambda world, plan: seen.append(four.memory.round and four.memory.round.step.value)
+    four.publish(2, layout="L2")
+    four.run()
+    failed(four, Reason.MANIFEST_REFUSED)
+    assert "model.layers.7.weight" in four.condition(Condition.PROGRESSING)[2]
+    assert "m0" in four.condition(Condition.PROGRESSING)[2]
+    assert "Transferring" not in seen
+    assert four.serving() == [1, 1, 1, 1]
+
+
+def test_one_that_refuses_is_not_asked_again_until_it_restarts_or_another_version_comes(four: Any) -> None:
+    four.members[0].fails["check"] = FailureCode.MANIFEST_REFUSED
+    four.publish(2, layout="L2")
+    four.run()
+    assert four.serving() == [None, 2, 2, 2]
+    epoch = four.status.group.epoch
+    four.wait(3600)
+    assert four.status.group.epoch == epoch
+    four.members[0].restart_engine("boot-2")
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_one_that_refused_gets_the_next_version(four: Any) -> None:
+    four.members[0].fails["check"] = FailureCode.MANIFEST_REFUSED
+    four.publish(2, layout="L2")
+    four.run()
+    four.publish(3, layout="L1")
+    four.run()
+    assert four.serving() == [3, 3, 3, 3]
+
+
+def test_an_engine_that_does_not_answer_the_check_is_left_out(four: Any) -> None:
+    four.members[0].stuck.add("check")
+    four.publish(2, layout="L2")
+    four.wait(70)
+    assert four.serving() == [None, 2, 2, 2]
+    four.members[0].stuck.clear()
+    four.wait(120)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+# ---------------------------------------------------------------------------- transferring
+
+
+def kill_child(fleet: Any, culprit: Any, others: FailureCode = FailureCode.PEER_LOST) -> None:
+    """The culprit's child dies; everybody else in the epoch notices."""
+    epoch = fleet.memory.epoch.number
+    for agent in (fleet.trainer, *fleet.members):
+        if agent.transfer.epoch != epoch or agent.transfer.state is TransferState.STAGED:
+            continue
+        code = FailureCode.CHILD_FAILED if agent is culprit else others
+        agent.transfer = Transfer(epoch=epoch, failure=Failure(code, "went away", epoch, V2))
+
+
+def transferring(fleet: Any) -> None:
+    fleet.members[0].stuck.add("transfer")
+    fleet.publish(2)
+    fleet.until(lambda: all(m.transfer.state is TransferState.RECEIVING for m in fleet.members))
+    fleet.members[0].stuck.clear()
+
+
+def test_a_child_that_dies_means_a_new_epoch_without_it_and_then_a_catch_up(four: Any) -> None:
+    transferring(four)
+    epoch = four.status.group.epoch
+    kill_child(four, four.members[2])
+    four.run()
+    assert four.serving() == [2, 2, None, 2]
+    assert four.status.group.epoch == epoch + 1
+    assert four.status.rollout.outcome is Outcome.SUCCEEDED
+    assert len(four.events(Reason.EXCLUDED)) == 1
+    four.wait(6)
+    assert four.serving() == [2, 2, 2, 2]
+    assert four.status.group.epoch == epoch + 2
+    assert four.reason(Condition.MEMBERS_HEALTHY) is Reason.ALL_HEALTHY
+
+
+def test_an_event_tells_of_the_epoch_that_begins_because_of_a_loss(four: Any) -> None:
+    transferring(four)
+    kill_child(four, four.members[2])
+    four.run()
+    assert len(four.events(Reason.GROUPING)) == 1
+
+
+def test_a_new_epoch_after_a_loss_waits_for_nobody(four: Any) -> None:
+    transferring(four)
+    four.join("late", ranks=0)
+    kill_child(four, four.members[2])
+    now = four.now
+    four.run()
+    assert four.now == now
+    assert four.serving()[:4] == [2, 2, None, 2]
+
+
+def test_a_pod_killed_in_a_transfer_with_all_that_is_in_it(four: Any) -> None:
+    transferring(four)
+    gone = four.members[1]
+    kill_child(four, gone)
+    four.lose_session(gone)
+    four.run()
+    assert four.serving() == [2, 1, 2, 2]
+    gone.restart_agent()
+    gone.restart_engine("boot-2")
+    four.resume_session(gone)
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_a_member_whose_session_and_child_are_gone_is_blamed_at_once(four: Any) -> None:
+    transferring(four)
+    silent = four.members[3]
+    epoch = four.memory.epoch.number
+    for agent in (four.trainer, *four.members[:3]):
+        failure = Failure(FailureCode.PEER_LOST, "peer 4 is gone", epoch, V2)
+        agent.transfer = Transfer(epoch=epoch, failure=failure)
+    four.lose_session(silent)
+    four.run()
+    assert [each.uid for each in four.memory.exclusions if each.active] == ["uid-m3"]
+    assert four.serving()[:3] == [2, 2, 2]
+
+
+def test_a_frozen_member_is_blamed_once_the_others_tell_that_nothing_moves(four: Any) -> None:
+    transferring(four)
+    frozen, epoch = four.members[1], four.memory.epoch.number
+    frozen.stuck.add("transfer")
+    for agent in (four.trainer, four.members[0], four.members[2], four.members[3]):
+        failure = Failure(FailureCode.NO_PROGRESS, "no byte moved for 10 s", epoch, V2)
+        agent.transfer = Transfer(epoch=epoch, failure=failure)
+    plan = four.decide()
+    assert not four.memory.exclusions
+    assert 0 < plan.requeue_after <= 2.1
+    four.wait(3)
+    assert [each.uid for each in four.memory.exclusions if each.active] == [frozen.uid]
+    assert four.serving() == [2, 1, 2, 2] or four.serving() == [2, None, 2, 2]
+
+
+def test_a_loss_that_nobody_is_to_blame_for_is_tried_again(four: Any) -> None:
+    transferring(four)
+    kill_child(four, None)
+    four.wait(3)
+    assert four.serving() == [2, 2, 2, 2]
+    assert not four.memory.exclusions
+
+
+def test_losses_that_nobody_is_to_blame_for_end_in_a_failure(four: Any) -> None:
+    four.publish(2)
+    four.members[0].stuck.add("transfer")
+    for _ in range(3):
+        four.until(lambda: all(m.transfer.state is TransferState.RECEIVING for m in four.members))
+        kill_child(four, None)
+        four.wait(3)
+    four.run()
+    failed(four, Reason.TRANSFER_FAILED)
+    assert "3 epochs in a row" in four.condition(Condition.PROGRESSING)[2]
+
+
+def test_the_trainers_child_dies_and_the_transfer_is_made_again(four: Any) -> None:
+    transferring(four)
+    kill_child(four, four.trainer)
+    four.wait(3)
+    assert four.serving() == [2, 2, 2, 2]
+    assert not four.memory.exclusions
+
+
+def test_a_transfer_that_takes_too_long_for_one(four: Any) -> None:
+    four.members[3].stuck.add("transfer")
+    four.publish(2)
+    four.until(four.step_is("Transferring"))
+    for _ in range(4):
+        four.obey()
+        four.decide()
+    for member in four.members[:3]:
+        member.transfer = replace(member.transfer, state=TransferState.STAGED, digest="d-a-2")
+    four.wait(299)
+    assert four.serving() == [1, 1, 1, 1]
+    four.wait(4)
+    assert four.serving()[:3] == [2, 2, 2]
+    assert four.condition(Condition.MEMBERS_HEALTHY)[2] == "m3: it did not receive the version in time"
+
+
+def test_a_transfer_that_takes_too_long_for_all(four: Any) -> None:
+    four.members[3].stuck.add("transfer")
+    four.publish(2)
+    four.wait(310)
+    failed(four, Reason.TRANSFER_TIMEOUT)
+    assert four.serving() == [1, 1, 1, 1]
+
+
+def test_all_that_tell_of_a_transfer_timeout_with_nobody_to_blame(four: Any) -> None:
+    transferring(four)
+    kill_child(four, None, FailureCode.TRANSFER_TIMEOUT)
+    four.wait(3)
+    failed(four, Reason.TRANSFER_TIMEOUT)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_bytes_that_are_not_the_published_ones_are_never_committed(four: Any, told: bool) -> None:
+    bad = four.members[1]
+    if told:
+        bad.fails["transfer"] = FailureCode.DIGEST_MISMATCH
+    else:
+        bad.corrupts = True
+    committed = []
+    four.hook = lambda world, plan: committed.append(plan.desired[bad.uid].commit)
+    four.publish(2)
+    four.run()
+    assert four.serving() == [2, None, 2, 2]
+    assert committed.count(V2) == 0
+    assert four.memory.exclusion(bad.uid).reason is Reason.DIGEST_MISMATCH
+    bad.corrupts = False
+    four.wait(8)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_no_verification_commits_what_arrived(make: Any) -> None:
+    fleet = make(spec={"verify": False})
+    fleet.members[0].corrupts = True
+    fleet.publish(1)
+    fleet.run()
+    assert fleet.serving() == [1, 1]
+    assert fleet.members[0].told.verify is False
+
+
+def test_digest_mismatch_everywhere_fails(four: Any) -> None:
+    for member in four.members:
+        member.fails["transfer"] = FailureCode.DIGEST_MISMATCH
+    four.publish(2)
+    four.run()
+    failed(four, Reason.DIGEST_MISMATCH)
+
+
+# ---------------------------------------------------------------------------- committing
+
+
+def committing(fleet: Any, *stuck: int) -> None:
+    for number in stuck:
+        fleet.members[number].stuck.add("commit")
+    fleet.publish(2)
+    fleet.until(fleet.step_is("Committing"))
+    fleet.obey()
+
+
+def test_a_member_that_does_not_switch_is_left_out_at_the_commit_deadline(four: Any) -> None:
+    committing(four, 1)
+    four.wait(59)
+    assert four.status.current.version == 1
+    four.wait(4)
+    assert four.status.current.version == 2
+    assert four.serving() == [2, None, 2, 2]
+    assert four.reason(Condition.MEMBERS_HEALTHY) is Reason.EXCLUDED
+
+
+def test_too_many_that_do_not_switch_fail_the_rollout_and_nobody_is_withheld(four: Any) -> None:
+    committing(four, 1, 2)
+    four.wait(70)
+    failed(four, Reason.COMMIT_TIMEOUT)
+    assert four.serving() == [2, 1, 1, 2]
+
+
+def test_a_fenced_member_is_left_out_at_once_and_caught_up_with_its_new_boot(four: Any) -> None:
+    committing(four, 2)
+    fenced = four.members[2]
+    failure = Failure(FailureCode.COMMIT_TIMEOUT, "rank 1 did not confirm", version=V2)
+    fenced.serving = Serving(ServingState.FENCED, "boot-1", fences=1, failure=failure)
+    fenced.stuck.clear()
+    four.run()
+    assert four.status.current.version == 2
+    assert four.serving() == [2, 2, None, 2]
+    assert four.condition(Condition.MEMBERS_HEALTHY)[:2] == ("False", Reason.FENCED)
+    assert len(four.events(Reason.FENCED)) == 1
+    fenced.restart_engine("boot-2")
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_a_second_engine_that_crashes_on_a_version_rejects_it(make: Any) -> None:
+    fleet = make(members=4, spec={"max_unavailable": "100%"})
+    fleet.publish(1)
+    fleet.run()
+    committing(fleet, 0, 1)
+    failure = Failure(FailureCode.ENGINE_RESTARTED, "the engine restarted while it applied a/2", version=V2)
+    for member in fleet.members[:2]:
+        member.serving = Serving(ServingState.INITIAL, "boot-2", failure=failure)
+    fleet.run()
+    assert fleet.status.rollout.outcome is Outcome.FAILED
+    assert fleet.reason(Condition.PROGRESSING) is Reason.ENGINE_REJECTED
+
+
+def test_a_clean_refusal_of_the_engine_leaves_the_old_version_until_the_rollout_ends(
+    four: Any,
+) -> None:
+    four.members[0].fails["commit"] = FailureCode.APPLY_FAILED
+    four.publish(2)
+    four.run()
+    assert four.serving() == [None, 2, 2, 2]
+    assert four.members[0].serving.state is ServingState.WITHHELD
+    epoch = four.status.group.epoch
+    four.wait(3600)
+    assert four.status.group.epoch == epoch
+
+
+def test_a_failure_of_an_earlier_commit_is_none_of_this_one(four: Any) -> None:
+    """An agent tells its last failure until the next thing is tried, which a new boot does not."""
+    member = four.members[1]
+    failure = Failure(FailureCode.ENGINE_RESTARTED, "the engine restarted while it applied a/2", version=V2)
+    committing(four, 1)
+    member.serving = Serving(ServingState.INITIAL, "boot-2", failure=failure)
+    member.boot = "boot-2"
+    four.run()
+    assert four.status.current.version == 2
+    assert four.memory.excluded(member.uid)
+    member.stuck.clear()
+    four.wait(8)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_an_engine_that_dies_in_a_transfer_disturbs_nobody_and_switches_when_it_is_back(four: Any) -> None:
+    transferring(four)
+    member, epoch = four.members[1], four.status.group.epoch
+    member.serving = replace(member.serving, state=ServingState.UNREACHABLE)
+    member.stuck.add("commit")
+    four.run()
+    assert four.status.group.epoch == epoch
+    assert four.status.current.version == 1
+    four.wait(6)
+    assert four.status.current.version == 2
+    assert four.serving() == [2, None, 2, 2]
+    assert member.transfer.state is TransferState.STAGED
+    assert member.told.wanted.version == V2
+    member.restart_engine("boot-2")
+    member.stuck.clear()
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+    assert four.status.group.epoch == epoch
+
+
+def test_what_was_staged_is_lost_with_the_agent(four: Any) -> None:
+    committing(four, 3)
+    four.members[3].restart_agent()
+    four.members[3].stuck.clear()
+    four.run()
+    assert four.status.current.version == 2
+    four.wait(6)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_a_session_lost_in_a_commit_is_waited_for_until_the_deadline(four: Any) -> None:
+    four.publish(2)
+    for member in four.members:
+        member.stuck.add("commit")
+    four.until(four.step_is("Committing"))
+    away = four.members[1]
+    four.lose_session(away)
+    for member in four.members:
+        member.stuck.clear()
+    four.wait(30)
+    assert four.status.current.version == 1
+    four.resume_session(away)
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+    assert not four.events(Reason.EXCLUDED)
+
+
+# ---------------------------------------------------------------------------- again
+
+
+def test_a_failed_version_is_not_tried_again(four: Any) -> None:
+    for member in four.members:
+        member.fails["transfer"] = FailureCode.DIGEST_MISMATCH
+    four.publish(2)
+    four.run()
+    epoch = four.status.group.epoch
+    four.wait(7200)
+    assert four.status.group.epoch == epoch
+    assert four.serving() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("change", ["version", "spec", "member comes", "member leaves"])
+def test_what_makes_a_failed_version_worth_another_try(four: Any, change: str) -> None:
+    for member in four.members:
+        member.fails["transfer"] = FailureCode.DIGEST_MISMATCH
+    four.publish(2)
+    four.run()
+    expected = 2
+    match change:
+        case "version":
+            four.publish(3)
+            expected = 3
+        case "spec":
+            four.generation += 1
+        case "member comes":
+            four.join("m9")
+        case "member leaves":
+            four.leave(four.members[0])
+    four.wait(70)
+    assert set(four.serving()) == {expected}
+
+
+def test_backoff_grows_and_is_bounded(four: Any) -> None:
+    bad = four.members[0]
+    four.publish(2)
+    bad.corrupts = True
+    four.run()
+    tries = [four.now]
+    while four.now < tries[0] + 400:
+        before = four.memory.exclusion(bad.uid).tries
+        four.wait(0.5)
+        if four.memory.exclusion(bad.uid).tries > before:
+            tries.append(four.now)
+    gaps = [round(later - earlier) for earlier, later in pairwise(tries)]
+    assert gaps[:4] == sorted(gaps[:4])
+    assert gaps[0] in (5, 6)
+    assert max(gaps) in (60, 61)
+    assert len(set(gaps[-2:])) == 1
+
+
+def test_a_restarted_member_is_tried_at_once_but_not_for_ever(four: Any) -> None:
+    bad = four.members[0]
+    bad.corrupts = True
+    four.publish(2)
+    four.run()
+    for number in range(6):
+        bad.restart_engine(f"boot-{number + 2}")
+        four.run()
+    assert four.memory.exclusion(bad.uid).tries == 3
+
+
+def test_the_only_member_is_tried_again_until_the_time_of_the_rollout_is_over(make: Any) -> None:
+    fleet = make(members=1)
+    fleet.publish(1)
+    fleet.run()
+    fleet.members[0].corrupts = True
+    fleet.publish(2)
+    fleet.wait(300)
+    assert fleet.memory.round is not None
+    assert fleet.memory.exclusion("uid-m0").tries > 3
+    assert fleet.serving() == [1]
+    fleet.wait(700)
+    failed(fleet, Reason.DIGEST_MISMATCH)
+    assert "progressSeconds" in fleet.condition(Condition.PROGRESSING)[2]
+
+
+def test_the_only_member_recovers_within_the_rollout(make: Any) -> None:
+    fleet = make(members=1)
+    fleet.publish(1)
+    fleet.run()
+    fleet.members[0].fails["transfer"] = FailureCode.CHILD_FAILED
+    fleet.publish(2)
+    fleet.wait(8)
+    assert fleet.serving() == [2]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "lost", "ok"), [("0", 1, False), ("1", 1, True), ("1", 2, False), ("50%", 2, True)]
+)
+def test_max_unavailable(make: Any, allowed: str, lost: int, ok: bool) -> None:
+    fleet = make(members=4, spec={"max_unavailable": allowed})
+    fleet.publish(1)
+    fleet.run()
+    for member in fleet.members[:lost]:
+        member.corrupts = True
+    fleet.publish(2)
+    fleet.run()
+    outcome = fleet.status.rollout.outcome
+    assert outcome is (Outcome.SUCCEEDED if ok else Outcome.FAILED)
+    assert fleet.serving() == ([None] * lost + [2] * (4 - lost) if ok else [1] * 4)
