@@ -68,7 +68,7 @@ def ready(facts: Facts, state: State) -> Row:
     lacking = [member for member in everyone if not _served(state, member)]
     if round_ is not None and not round_.catch_up:
         return NO if lacking else YES, Reason.ROLLING_OUT, _rolling(round_, lacking)
-    if state.memory.failed is not None and (facts.source.latest is None or _failing(facts, state)):
+    if state.memory.failed is not None and _failing(facts, state):
         failed = state.memory.failed
         return NO, Reason.DEGRADED, f"{failed.version} failed ({failed.reason}): {failed.message}"
     if version is None:
@@ -83,8 +83,9 @@ def _served(state: State, member: Member) -> bool:
 
 
 def _failing(facts: Facts, state: State) -> bool:
+    """Whether the last rollout failed and there is nothing else that could be tried."""
     latest = facts.source.latest
-    return latest is not None and failed_before(facts, state, latest.version)
+    return state.memory.failed is not None and (latest is None or failed_before(facts, state, latest.version))
 
 
 def _rolling(round_: Round, lacking: list[Member]) -> str:

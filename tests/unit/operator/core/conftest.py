@@ -65,10 +65,11 @@ class Agent:
     terminating: bool = False
     labels: tuple[tuple[str, str], ...] = ()
     has_agent: bool = True
+    generation: int = 1
 
     @property
     def uid(self) -> str:
-        return f"uid-{self.name}"
+        return f"uid-{self.name}" if self.generation == 1 else f"uid-{self.name}-{self.generation}"
 
     def pod(self) -> PodView:
         return PodView(

@@ -1,0 +1,729 @@
+"""The races of the design's table, one test each, named after them."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from weightsync_contract.messages import (
+    Failure,
+    ObjectRef,
+    Serving,
+    ServingState,
+    Transfer,
+    TransferState,
+    VersionId,
+)
+from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
+from weightsync_operator.core.model import InitialWeights
+
+V1, V2, V3 = (VersionId("a", number) for number in (1, 2, 3))
+
+
+def staged(fleet: Any) -> bool:
+    return all(member.transfer.state is TransferState.STAGED for member in fleet.members)
+
+
+def receiving(fleet: Any) -> bool:
+    return all(member.transfer.state is TransferState.RECEIVING for member in fleet.members)
+
+
+def hold(fleet: Any, step: str, held: bool = True) -> None:
+    for member in fleet.members:
+        member.stuck = {step} if held else set()
+
+
+# ---------------------------------------------------------------------------- joins and versions
+
+
+def test_joins_during_a_transfer(synced: Any) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    group = synced.status.group
+    late = synced.join("m2")
+    for _ in range(5):
+        plan = synced.decide()
+        synced.obey()
+        assert plan.desired[late.uid].group is None
+        assert plan.desired[late.uid].commit is None
+    assert synced.status.group == group
+    hold(synced, "transfer", False)
+    synced.run()
+    assert synced.serving() == [2, 2, 2]
+    assert synced.status.group.members == ("0:1:trainer:uid-trainer", "1:1:m2:uid-m2")
+
+
+@pytest.mark.parametrize("step", ["Listening", "Joining", "Checking"])
+def test_next_version_before_its_transfer_supersedes(make: Any, step: str) -> None:
+    fleet = make()
+    fleet.publish(1)
+    fleet.until(fleet.step_is(step))
+    fleet.publish(2)
+    seen = set()
+    fleet.hook = lambda world, plan: seen.update(
+        told.wanted.version for told in plan.desired.values() if told.wanted
+    )
+    fleet.run()
+    assert fleet.serving() == [2, 2]
+    assert seen == {V2}
+    assert fleet.status.previous is None
+    assert fleet.memory.allowed == (V2,)
+
+
+@pytest.mark.parametrize("step", ["Transferring", "Committing"])
+def test_next_version_after_the_transfer_began_waits_and_only_the_newest_is_brought(
+    synced: Any, step: str
+) -> None:
+    hold(synced, "transfer" if step == "Transferring" else "commit")
+    synced.publish(2)
+    synced.until(synced.step_is(step))
+    synced.publish(3)
+    synced.decide()
+    synced.publish(4)
+    synced.decide()
+    assert synced.memory.round.target.version == V2
+    hold(synced, step, False)
+    served = []
+    synced.hook = lambda *_: served.append(synced.serving()[0])
+    # The trainer's agent keeps two copies, and what is being sent: as an agent pins it.
+    synced.run()
+    assert 3 not in served
+    assert synced.serving() == [4, 4]
+    assert synced.status.previous.version == 2
+
+
+def test_a_publisher_that_is_faster_than_the_transfer_starves_nobody(synced: Any) -> None:
+    served = set()
+    for version in range(2, 40):
+        synced.publish(version)
+        synced.decide()
+        synced.obey()
+        served.add(synced.serving()[0])
+    assert len(served) > 4
+
+
+def test_a_version_that_the_epochs_loss_left_unstaged_gives_way_to_the_newer_one(synced: Any) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    synced.publish(3)
+    epoch = synced.memory.epoch.number
+    failure = Failure(FailureCode.CHILD_FAILED, "killed", epoch, V2)
+    synced.members[1].transfer = Transfer(epoch=epoch, failure=failure)
+    synced.decide()
+    assert synced.memory.round.target.version == V3
+    hold(synced, "transfer", False)
+    synced.wait(10)
+    assert synced.serving() == [3, 3]
+
+
+# ---------------------------------------------------------------------------- trainers
+
+
+def test_trainer_restarts_with_a_lower_number(synced: Any) -> None:
+    synced.publish(7)
+    synced.run()
+    synced.trainer.source = replace(synced.trainer.source, run="b")
+    synced.wait(600)
+    assert synced.serving() == [7, 7]
+    assert synced.status.source.run == "a"
+    synced.publish(1, run="b")
+    synced.run()
+    assert [member.serving.version for member in synced.members] == [VersionId("b", 1)] * 2
+    assert synced.status.source.run == "b"
+    assert synced.status.previous.version == 7
+
+
+def test_a_version_never_goes_back_within_a_run(synced: Any) -> None:
+    synced.publish(5)
+    synced.run()
+    versions = synced.trainer.source.versions
+    synced.trainer.source = replace(synced.trainer.source, versions=versions[:1])
+    synced.wait(60)
+    assert synced.serving() == [5, 5]
+    synced.trainer.source = replace(
+        synced.trainer.source, versions=(*versions, replace(versions[0], version=V3))
+    )
+    synced.wait(60)
+    assert synced.serving() == [5, 5]
+
+
+def test_the_same_version_with_other_bytes(synced: Any) -> None:
+    source = synced.trainer.source
+    synced.trainer.source = replace(source, versions=(replace(source.versions[0], digest="d-other"),))
+    synced.run()
+    status, reason, message = synced.condition(Condition.SOURCE_AVAILABLE)
+    assert (status, reason) == ("False", Reason.VERSION_CONFLICT)
+    assert "d-other" in message
+    assert "d-a-1" in message
+    assert synced.serving() == [1, 1]
+    assert len(synced.events(Reason.VERSION_CONFLICT)) == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "finished", "session"])
+def test_trainer_dies_when_all_are_staged(synced: Any, how: str) -> None:
+    hold(synced, "commit")
+    synced.publish(2)
+    synced.until(lambda: staged(synced))
+    kill_trainer(synced, how)
+    hold(synced, "commit", False)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.status.current.version == 2
+
+
+def kill_trainer(fleet: Any, how: str) -> None:
+    match how:
+        case "deleted":
+            fleet.leave(fleet.trainer)
+        case "finished":
+            fleet.trainer.finished = True
+            fleet.lose_session(fleet.trainer)
+        case "session":
+            fleet.lose_session(fleet.trainer)
+
+
+@pytest.mark.parametrize("how", ["deleted", "finished", "session"])
+def test_trainer_dies_when_none_is_staged(synced: Any, how: str) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    epoch = synced.memory.epoch.number
+    kill_trainer(synced, how)
+    for member in synced.members:
+        failure = Failure(FailureCode.PEER_LOST, "rank 0 is gone", epoch, V2)
+        member.transfer = Transfer(epoch=epoch, failure=failure, checked="L1")
+    synced.wait(120)
+    assert synced.serving() == [1, 1]
+    assert synced.status.rollout.outcome is Outcome.FAILED
+    assert synced.reason(Condition.PROGRESSING) is Reason.TRANSFER_FAILED
+    assert synced.condition(Condition.SOURCE_AVAILABLE)[0] == "False"
+
+
+@pytest.mark.parametrize(("members", "ok"), [(4, True), (2, True), (8, True)])
+def test_trainer_dies_when_not_all_are_staged_within_max_unavailable(
+    make: Any, members: int, ok: bool
+) -> None:
+    fleet = make(members=members)
+    fleet.publish(1)
+    fleet.run()
+    fleet.members[0].stuck.add("transfer")
+    fleet.publish(2)
+    fleet.until(lambda: receiving(fleet))
+    epoch = fleet.memory.epoch.number
+    for member in fleet.members[1:]:
+        member.transfer = replace(member.transfer, state=TransferState.STAGED, digest="d-a-2")
+    fleet.leave(fleet.trainer)
+    failure = Failure(FailureCode.PEER_LOST, "rank 0 is gone", epoch, V2)
+    fleet.members[0].transfer = Transfer(epoch=epoch, failure=failure, checked="L1")
+    fleet.wait(10)
+    assert fleet.serving() == [None, *[2] * (members - 1)]
+    assert fleet.members[0].serving.state is ServingState.WITHHELD
+
+
+def test_trainers_agent_comes_back_in_a_transfer(synced: Any) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    epoch = synced.memory.epoch.number
+    synced.lose_session(synced.trainer)
+    for member in synced.members:
+        failure = Failure(FailureCode.PEER_LOST, "rank 0 is gone", epoch, V2)
+        member.transfer = Transfer(epoch=epoch, failure=failure, checked="L1")
+    hold(synced, "transfer", False)
+    synced.wait(20)
+    assert synced.serving() == [1, 1]
+    assert synced.memory.round is not None
+    synced.trainer.restart_agent()
+    synced.resume_session(synced.trainer)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.status.group.epoch == epoch + 1
+
+
+def test_two_publishers(synced: Any) -> None:
+    rival = synced.add_trainer("another")
+    synced.others.append(rival)
+    synced.publish(9, run="z", by=rival)
+    plan = synced.run()
+    status, reason, message = synced.condition(Condition.SOURCE_AVAILABLE)
+    assert (status, reason) == ("False", Reason.TRAINER_CONFLICT)
+    assert "another" in message
+    assert "trainer" in message
+    assert synced.serving() == [1, 1]
+    assert plan.desired[rival.uid].group is None
+    synced.publish(2)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    synced.restart_operator()
+    synced.wait(20)
+    assert synced.serving() == [2, 2]
+    assert synced.status.source.pod == "trainer"
+    assert len(synced.events(Reason.TRAINER_CONFLICT)) == 2, "one a leader"
+
+
+def test_two_publishers_of_which_none_was_followed_before(make: Any) -> None:
+    fleet = make()
+    rival = fleet.add_trainer("another")
+    fleet.others.append(rival)
+    fleet.publish(9, run="z", by=rival)
+    fleet.publish(1)
+    fleet.wait(60)
+    assert fleet.serving() == [None, None]
+    assert fleet.reason(Condition.SOURCE_AVAILABLE) is Reason.TRAINER_CONFLICT
+    fleet.leave(rival)
+    fleet.run()
+    assert fleet.serving() == [1, 1]
+
+
+def test_another_publisher_takes_over_once_the_first_one_is_gone(synced: Any) -> None:
+    rival = synced.add_trainer("another")
+    synced.others.append(rival)
+    synced.publish(9, run="z", by=rival)
+    synced.run()
+    synced.trainer.source = replace(synced.trainer.source, connected=False)
+    synced.run()
+    assert synced.serving() == [9, 9]
+    assert synced.status.source.pod == "another"
+
+
+def test_fsdp_pods_without_a_publisher(make: Any) -> None:
+    fleet = make()
+    for number in range(3):
+        fleet.others.append(fleet.add_trainer(f"fsdp-{number}"))
+    fleet.publish(1)
+    fleet.run()
+    assert fleet.serving() == [1, 1]
+    assert fleet.reason(Condition.SOURCE_AVAILABLE) is Reason.CONNECTED
+    assert fleet.status.group.members[0] == "0:1:trainer:uid-trainer"
+    assert all(each.told.group is None for each in fleet.others)
+
+
+def test_trainer_job_completes(synced: Any) -> None:
+    synced.trainer.source = replace(synced.trainer.source, connected=False, completed=True)
+    synced.run()
+    assert synced.condition(Condition.READY)[:2] == ("True", Reason.SYNCED)
+    assert synced.condition(Condition.SOURCE_AVAILABLE)[:2] == ("False", Reason.TRAINER_COMPLETED)
+    late = synced.join("m2")
+    synced.run()
+    assert late.serving.version == V1, "its agent still keeps the copy"
+    synced.trainer.finished = synced.trainer.succeeded = True
+    synced.lose_session(synced.trainer)
+    late = synced.join("m3")
+    synced.wait(60)
+    assert synced.serving() == [1, 1, 1, None]
+    assert synced.condition(Condition.SOURCE_AVAILABLE)[:2] == ("False", Reason.TRAINER_COMPLETED)
+    assert late.told.allowed == (V1,)
+    assert not late.told.serve_initial
+
+
+def test_the_copy_that_a_late_member_needs_is_not_kept_any_more(synced: Any) -> None:
+    synced.trainer.source = replace(synced.trainer.source, versions=())
+    synced.join("m2")
+    synced.wait(60)
+    status, reason, message = synced.condition(Condition.SOURCE_AVAILABLE)
+    assert (status, reason) == ("False", Reason.VERSION_NOT_RETAINED)
+    assert "m2" in message
+    assert synced.serving() == [1, 1, None]
+
+
+# ---------------------------------------------------------------------------- the spec
+
+
+def test_timeouts_edited_count_from_the_next_epoch_on(synced: Any) -> None:
+    before = synced.spec.timeouts
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    synced.spec = replace(synced.spec, timeouts=replace(before, transfer=1.0))
+    synced.generation += 1
+    plan = synced.decide()
+    assert plan.desired["uid-m0"].timeouts == before
+    epoch = synced.status.group.epoch
+    hold(synced, "transfer", False)
+    synced.run()
+    synced.publish(3)
+    synced.run()
+    assert synced.status.group.epoch == epoch + 1
+    assert synced.members[0].told.timeouts.transfer == 1.0
+    assert synced.serving() == [3, 3]
+
+
+def test_paused_starts_no_rollout(synced: Any) -> None:
+    synced.spec = replace(synced.spec, paused=True)
+    synced.publish(2)
+    synced.wait(7200)
+    assert synced.serving() == [1, 1]
+    assert synced.condition(Condition.PROGRESSING)[:2] == ("False", Reason.PAUSED)
+    synced.spec = replace(synced.spec, paused=False)
+    synced.run()
+    assert synced.serving() == [2, 2]
+
+
+@pytest.mark.parametrize("step", ["Joining", "Checking", "Transferring"])
+def test_paused_in_a_rollout_starts_no_new_step_and_takes_no_time(make: Any, step: str) -> None:
+    fleet = make()
+    fleet.publish(1)
+    fleet.until(fleet.step_is(step))
+    fleet.spec = replace(fleet.spec, paused=True)
+    fleet.wait(7200)
+    assert fleet.memory.round.step.value == step
+    assert fleet.serving() == [None, None]
+    assert fleet.condition(Condition.PROGRESSING)[:2] == ("False", Reason.PAUSED)
+    fleet.spec = replace(fleet.spec, paused=False)
+    fleet.run()
+    assert fleet.serving() == [1, 1]
+    assert fleet.status.rollout.outcome is Outcome.SUCCEEDED
+
+
+def test_paused_in_a_commit_lets_it_end(synced: Any) -> None:
+    hold(synced, "commit")
+    synced.publish(2)
+    synced.until(synced.step_is("Committing"))
+    synced.spec = replace(synced.spec, paused=True)
+    hold(synced, "commit", False)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.status.rollout.outcome is Outcome.SUCCEEDED
+
+
+def test_paused_starts_no_catch_up(synced: Any) -> None:
+    synced.spec = replace(synced.spec, paused=True)
+    synced.join("m2")
+    synced.wait(600)
+    assert synced.serving() == [1, 1, None]
+    assert synced.reason(Condition.PROGRESSING) is Reason.PAUSED
+
+
+def test_unsupported_moves_nothing_and_names_the_field(synced: Any) -> None:
+    synced.spec = replace(synced.spec, unsupported=("strategy.steps (planned for 0.2)",))
+    synced.generation += 1
+    synced.publish(2)
+    plan = synced.decide()
+    assert plan.desired == {}
+    for type_ in (Condition.READY, Condition.PROGRESSING):
+        status, reason, message = synced.condition(type_)
+        assert (status, reason) == ("False", Reason.UNSUPPORTED)
+        assert "strategy.steps (planned for 0.2)" in message
+    assert synced.status.observed_generation == 2
+    synced.spec = replace(synced.spec, unsupported=())
+    synced.generation += 1
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.reason(Condition.READY) is Reason.SYNCED
+
+
+# ---------------------------------------------------------------------------- who is a member
+
+
+def test_two_weightsyncs_one_pod(synced: Any) -> None:
+    pod = synced.members[1]
+    synced.claims = {pod.uid: ObjectRef("rl", "elder", "cr-0")}
+    synced.publish(2)
+    plan = synced.run()
+    assert pod.uid not in plan.desired
+    assert pod.uid not in plan.released
+    status, reason, message = synced.condition(Condition.MEMBERS_HEALTHY)
+    assert (status, reason) == ("False", Reason.CONFLICT)
+    assert "m1" in message
+    assert "elder" in message
+    assert synced.status.members.total == 1
+    assert len(synced.events(Reason.CONFLICT)) == 1
+    assert synced.serving()[0] == 2
+
+
+def test_a_trainer_of_another_weightsync_is_no_trainer(synced: Any) -> None:
+    synced.claims = {synced.trainer.uid: ObjectRef("rl", "elder", "cr-0")}
+    synced.publish(2)
+    plan = synced.run()
+    assert synced.trainer.uid not in plan.desired
+    assert synced.reason(Condition.SOURCE_AVAILABLE) is Reason.NO_PUBLISHER
+    assert synced.serving() == [1, 1]
+
+
+def test_selector_no_longer_matches_in_a_transfer(synced: Any) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    synced.leave(synced.members[1])
+    hold(synced, "transfer", False)
+    plan = synced.run()
+    assert synced.serving() == [2]
+    assert "uid-m1" not in plan.desired
+    assert synced.status.members.total == 1
+    assert not synced.events(Reason.EXCLUDED)
+
+
+def test_evicted_while_fenced_is_an_ordinary_leave(synced: Any) -> None:
+    synced.members[1].serving = Serving(ServingState.FENCED, "boot-1", fences=1)
+    synced.run()
+    assert synced.reason(Condition.MEMBERS_HEALTHY) is Reason.FENCED
+    synced.leave(synced.members[1])
+    synced.run()
+    assert synced.reason(Condition.MEMBERS_HEALTHY) is Reason.ALL_HEALTHY
+    assert synced.reason(Condition.READY) is Reason.SYNCED
+
+
+def test_same_name_with_a_new_uid_is_a_new_member(synced: Any) -> None:
+    old = synced.members.pop()
+    new = synced.join("m1", generation=2)
+    assert (new.name, new.uid) != (old.name, old.uid)
+    assert new.name == old.name
+    synced.run()
+    assert synced.serving() == [1, 1]
+    assert synced.status.group.members[-1].endswith(new.uid)
+
+
+def test_the_last_member_leaves_in_a_rollout(synced: Any) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    for member in synced.members:
+        synced.leave(member)
+    synced.run()
+    assert synced.memory.round is None
+    assert synced.condition(Condition.READY)[:2] == ("True", Reason.NO_MEMBERS)
+
+
+def test_scale_to_zero_and_back(synced: Any) -> None:
+    for member in synced.members:
+        synced.leave(member)
+    synced.publish(2)
+    plan = synced.run()
+    assert synced.condition(Condition.READY)[:2] == ("True", Reason.NO_MEMBERS)
+    assert "app=vllm" in synced.condition(Condition.READY)[2]
+    assert plan.desired[synced.trainer.uid].fleet.members == 0
+    synced.join("n0")
+    synced.run()
+    assert synced.serving() == [2]
+
+
+def test_scale_up_in_a_rollout_gets_the_version_after_it(synced: Any) -> None:
+    hold(synced, "commit")
+    synced.publish(2)
+    synced.until(synced.step_is("Committing"))
+    late = synced.join("m2")
+    synced.decide()
+    assert late.told is None or late.told.group is None
+    hold(synced, "commit", False)
+    synced.run()
+    assert synced.serving() == [2, 2, 2]
+
+
+def test_late_joiners_are_batched(synced: Any) -> None:
+    epoch = synced.status.group.epoch
+    synced.join("m2")
+    coming = synced.join("m3", ranks=0)
+    synced.wait(2)
+    assert synced.serving() == [1, 1, None, None]
+    coming.ranks = 1
+    synced.run()
+    assert synced.serving() == [1, 1, 1, 1]
+    assert synced.status.group.epoch == epoch + 1
+
+
+def test_late_joiners_wait_five_seconds_at_most(synced: Any) -> None:
+    late = synced.join("m2")
+    synced.join("m3", ranks=0)
+    synced.wait(6)
+    assert late.serving.version == V1
+
+
+def test_late_joiners_do_not_delay_a_new_version(synced: Any) -> None:
+    synced.join("m2", ranks=0)
+    synced.run()
+    synced.publish(2)
+    synced.run()
+    assert synced.serving() == [2, 2, None]
+
+
+# ---------------------------------------------------------------------------- sessions and boots
+
+
+def test_a_session_that_is_lost_with_the_group_healthy_excludes_nobody(synced: Any) -> None:
+    synced.lose_session(synced.members[1])
+    synced.wait(3600)
+    assert not synced.memory.exclusions
+    assert synced.status.group.epoch == 1
+    synced.resume_session(synced.members[1])
+    synced.publish(2)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.status.group.epoch == 1
+
+
+def test_a_session_lost_in_a_transfer_stays_staged_and_is_not_committed_without_one(synced: Any) -> None:
+    hold(synced, "transfer")
+    synced.publish(2)
+    synced.until(lambda: receiving(synced))
+    away = synced.members[1]
+    synced.lose_session(away)
+    hold(synced, "transfer", False)
+    away.transfer = replace(away.transfer, state=TransferState.STAGED, digest="d-a-2")
+    synced.wait(20)
+    assert synced.memory.round.step.value == "Committing"
+    assert away.serving.version == V1
+    synced.resume_session(away)
+    synced.run()
+    assert synced.serving() == [2, 2]
+
+
+def test_a_member_whose_session_is_gone_is_waited_for_some_seconds(synced: Any) -> None:
+    synced.lose_session(synced.members[1])
+    synced.publish(2)
+    synced.wait(3)
+    assert synced.serving() == [1, 1]
+    synced.resume_session(synced.members[1])
+    synced.run()
+    assert synced.serving() == [2, 2]
+
+
+def test_a_member_whose_session_is_gone_is_done_without(synced: Any) -> None:
+    synced.lose_session(synced.members[1])
+    synced.publish(2)
+    synced.wait(7)
+    assert synced.serving() == [2, 1]
+    assert synced.status.current.version == 2
+    away = synced.members[1]
+    synced.resume_session(away)
+    synced.wait(10)
+    assert synced.serving() == [2, 2]
+
+
+def test_more_sessions_gone_than_may_be_missing_are_waited_for_as_long_as_for_anybody_to_join(
+    make: Any,
+) -> None:
+    fleet = make(members=4)
+    fleet.publish(1)
+    fleet.run()
+    for member in fleet.members[:2]:
+        fleet.lose_session(member)
+    fleet.publish(2)
+    fleet.wait(50)
+    assert fleet.serving() == [1, 1, 1, 1]
+    assert fleet.memory.round is not None
+    fleet.wait(15)
+    assert fleet.status.rollout.outcome is Outcome.FAILED
+    assert fleet.reason(Condition.PROGRESSING) is Reason.JOIN_TIMEOUT
+    assert fleet.serving() == [1, 1, 1, 1]
+
+
+def test_engine_container_restarts(synced: Any) -> None:
+    synced.members[0].restart_engine("boot-2")
+    plan = synced.decide()
+    assert not plan.desired["uid-m0"].serve_initial
+    synced.run()
+    assert synced.serving() == [1, 1]
+    assert synced.status.rollout.version == 1
+
+
+def test_engine_restarts_again_and_again_each_time_caught_up(synced: Any) -> None:
+    """The version went round in the member's group already: each time it takes another epoch."""
+    epochs = []
+    for number in range(3):
+        synced.members[0].restart_engine(f"boot-{number + 2}")
+        synced.run()
+        epochs.append(synced.status.group.epoch)
+        assert synced.serving() == [1, 1]
+    assert epochs == [2, 3, 4]
+
+
+def test_sidecar_restarts_with_an_engine_that_serves(synced: Any) -> None:
+    synced.members[0].restart_agent()
+    synced.run()
+    assert synced.serving() == [1, 1]
+    assert synced.status.group.epoch == 1
+    synced.publish(2)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.status.group.epoch == 2
+
+
+def test_an_old_version_that_comes_back_is_withheld_and_caught_up(make: Any) -> None:
+    fleet = make(members=4)
+    fleet.publish(1)
+    fleet.run()
+    away = fleet.members[3]
+    fleet.lose_session(away)
+    fleet.publish(2)
+    fleet.wait(10)
+    assert away.serving.version == V1
+    fleet.resume_session(away)
+    fleet.decide()
+    fleet.obey()
+    assert away.serving.state is ServingState.WITHHELD
+    fleet.wait(10)
+    assert fleet.serving() == [2, 2, 2, 2]
+
+
+# ---------------------------------------------------------------------------- the start
+
+
+def test_nobody_serves_before_the_first_version(make: Any) -> None:
+    fleet = make()
+    plan = fleet.run()
+    assert not plan.desired["uid-m0"].serve_initial
+    assert plan.desired["uid-m0"].allowed == ()
+    assert fleet.condition(Condition.READY)[:2] == ("False", Reason.WAITING_FOR_FIRST_VERSION)
+    assert fleet.condition(Condition.SOURCE_AVAILABLE)[:2] == ("False", Reason.NO_PUBLISHER)
+
+
+def test_initial_weights_serve_counts_only_while_no_version_exists(make: Any) -> None:
+    fleet = make(spec={"initial_weights": InitialWeights.SERVE})
+    plan = fleet.run()
+    assert plan.desired["uid-m0"].serve_initial
+    assert fleet.condition(Condition.READY)[:2] == ("True", Reason.WAITING_FOR_FIRST_VERSION)
+    fleet.publish(1)
+    plan = fleet.decide()
+    assert not plan.desired["uid-m0"].serve_initial
+    fleet.run()
+    fleet.join("m2")
+    plan = fleet.decide()
+    assert not plan.desired["uid-m2"].serve_initial
+
+
+def test_initial_weights_are_never_served_again_though_the_status_was_lost(make: Any) -> None:
+    fleet = make(spec={"initial_weights": InitialWeights.SERVE})
+    fleet.publish(1)
+    fleet.run()
+    fleet.leave(fleet.trainer)
+    fleet.status = type(fleet.status)()
+    fleet.restart_operator()
+    fleet.members[0].restart_engine("boot-2")
+    fleet.run()
+    assert not fleet.members[0].told.serve_initial
+
+
+def test_first_version_waits_a_little_for_members_that_are_about_to_come_up(make: Any) -> None:
+    fleet = make(members=3)
+    fleet.members[2].ranks = 0
+    fleet.publish(1)
+    fleet.wait(3)
+    assert fleet.serving() == [None] * 3
+    fleet.members[2].ranks = 1
+    fleet.run()
+    assert fleet.serving() == [1, 1, 1]
+    assert fleet.status.group.epoch == 1
+
+
+def test_a_pod_without_an_agent_holds_nobody_up(make: Any) -> None:
+    fleet = make(members=2)
+    fleet.members[1].has_agent = False
+    fleet.publish(1)
+    fleet.wait(6)
+    assert fleet.serving() == [1, None]
+    assert fleet.status.rollout.outcome is Outcome.SUCCEEDED
+    assert fleet.condition(Condition.READY)[:2] == ("False", Reason.DEGRADED)
+    status, reason, message = fleet.condition(Condition.MEMBERS_HEALTHY)
+    assert (status, reason) == ("False", Reason.AGENT_MISSING)
+    assert message.startswith("m1: no agent has connected")
+
+
+@pytest.mark.parametrize("gone", ["finished", "terminating"])
+def test_a_pod_that_is_going_is_no_member(synced: Any, gone: str) -> None:
+    setattr(synced.members[1], gone, True)
+    synced.publish(2)
+    synced.run()
+    assert synced.status.members.total == 1
+    assert synced.members[0].serving.version == V2
