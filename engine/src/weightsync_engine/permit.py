@@ -52,7 +52,7 @@ def write_permit(path: Path, permit: Permit | None) -> None:
     try:
         with os.fdopen(handle, "w") as file:
             json.dump(document, file)
-        # The engine may run under another user id; the permit is no secret, only the directory's owner writes it.
+        # The engine may run as another user. The permit is no secret; its directory says who may write it.
         os.chmod(name, 0o644)  # noqa: PTH101
         os.replace(name, path)  # noqa: PTH105
     except BaseException:

@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+
 from weightsync_contract.messages import VersionId
 from weightsync_engine.permit import Mode, Permit, parse_permit, read_permit, write_permit
 
@@ -36,7 +37,7 @@ def test_it_is_replaced_whole(tmp_path):
 
 def test_another_user_can_read_it_and_only_the_owner_write(tmp_path):
     write_permit(tmp_path / "permit", SERVING)
-    assert os.stat(tmp_path / "permit").st_mode & 0o777 == 0o644
+    assert (tmp_path / "permit").stat().st_mode & 0o777 == 0o644
 
 
 GOOD = {"boot": "b", "mode": "Serve", "run": "r", "version": 1}
@@ -53,22 +54,25 @@ GOOD = {"boot": "b", "mode": "Serve", "run": "r", "version": 1}
         b"[" * 5000,
         json.dumps(GOOD).encode()[:-1],
         json.dumps(GOOD).encode() + b" " * 5000,
-        *(json.dumps({**GOOD, **change}).encode() for change in (
-            {"boot": ""},
-            {"boot": 1},
-            {"boot": None},
-            {"mode": "serve"},
-            {"mode": ""},
-            {"mode": ["Serve"]},
-            {"run": ""},
-            {"run": None},
-            {"run": 3},
-            {"version": None},
-            {"version": "1"},
-            {"version": True},
-            {"version": 1.0},
-            {"version": -1},
-        )),
+        *(
+            json.dumps({**GOOD, **change}).encode()
+            for change in (
+                {"boot": ""},
+                {"boot": 1},
+                {"boot": None},
+                {"mode": "serve"},
+                {"mode": ""},
+                {"mode": ["Serve"]},
+                {"run": ""},
+                {"run": None},
+                {"run": 3},
+                {"version": None},
+                {"version": "1"},
+                {"version": True},
+                {"version": 1.0},
+                {"version": -1},
+            )
+        ),
         *(json.dumps({k: v for k, v in GOOD.items() if k != gone}).encode() for gone in GOOD),
     ],
 )
