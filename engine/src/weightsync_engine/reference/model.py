@@ -92,7 +92,7 @@ class Llama:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], cache: Cache) -> Tensor:
-        """Logits [vocab_size] after the last of ``ids``, which follow what is in ``cache``; extends the cache."""
+        """Logits [vocab_size] after the last of ``ids``, which follow what is cached; extends it."""
         shape, w = self.shape, self.weights
         past = cache[0][0].shape[1] if cache else 0
         cos, sin = self._rope(torch.arange(past, past + len(ids)))
