@@ -1,8 +1,9 @@
 """What an agent says to its child and hears from it: one JSON object a line over a Unix stream socket.
 
 The child holds torch and the group, does one command at a time, and answers each with exactly one last event
-(``answers``); any error is ``Failed``, after which it exits. A command in ``WITH_FD`` carries one file descriptor
-(SCM_RIGHTS), whose copy the child closes when the command is done. ``seconds`` is the command's own deadline.
+(``ANSWERS``); any error is ``Failed``, after which it exits. A command in ``WITH_FD`` carries one file
+descriptor (SCM_RIGHTS), whose copy the child closes when the command is done. ``seconds`` is the command's own
+deadline.
 No torch here: the agent imports this.
 """
 
@@ -16,12 +17,12 @@ from weightsync_contract.reasons import FailureCode
 
 T = TypeVar("T")
 
-# ---------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------- commands
 
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Be rank 0: bind ``host:port`` (port 0: a free one), say ``Listening``, wait for the others: ``Ready``."""
+    """Be rank 0: bind ``host:port`` (port 0: a free one), say ``Listening``, await the others: ``Ready``."""
 
     host: str
     port: int
@@ -59,7 +60,7 @@ class ReceiveManifest:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Allocate and map all of the staging file (fd, ``nbytes`` long) before a transfer needs it: ``Prepared``.
+    """Have all memory of the staging file (fd, ``nbytes`` long) before a transfer needs it: ``Prepared``.
 
     A later ``Receive`` into the same file finds it mapped and pays no page faults.
     """
@@ -102,7 +103,7 @@ class Receive:
     """Without it ``Received.digest`` is empty."""
 
 
-# ------------------------------------------------------------------------------------------------------ events
+# --------------------------------------------------------------------------------------------- events
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,249 @@
+"""The process that is a rank: ``python -m weightsync_engine.transfer.child FD``.
+
+It does one command after the other in its main thread, where a hang is: the timer that ends it then, and the
+reports of progress, are threads of their own. It ends with its parent, however that one ends.
+"""
+
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, NoReturn
+
+import torch
+
+from weightsync_contract.manifest import Manifest
+from weightsync_contract.messages import Mode
+from weightsync_contract.reasons import FailureCode
+from weightsync_engine.digest import ImageDigest
+from weightsync_engine.transfer import protocol
+from weightsync_engine.transfer.communicator import Communicator, RendezvousError, TransportError
+from weightsync_engine.transfer.flat import PIECE_BYTES, Limit, broadcast_image, spans, tensor_spans
+from weightsync_engine.transfer.gloo import GlooCommunicator, Rendezvous
+
+PROGRESS_SECONDS: Final = 0.2
+_READ_BYTES: Final = 1 << 20
+_PR_SET_PDEATHSIG: Final = 1
+_MAX_MANIFEST_BYTES: Final = 512 << 20
+
+
+class Child:
+    """Answers one parent over one socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()
+        self._group: Communicator | None = None
+        self._moved = 0
+
+    def run(self) -> NoReturn:
+        """Do what is told until the parent is gone."""
+        self.say(protocol.Started())
+        for command, fd in self._commands():
+            with self._deadline(command):
+                try:
+                    self._do(command, fd)
+                except (RendezvousError, TransportError, OSError, ValueError, RuntimeError) as error:
+                    self._fail(_code(command, error), f"{str(error) or repr(error)}")
+                finally:
+                    if fd is not None:
+                        os.close(fd)
+        # Threads of gloo may hang in a call: nothing here is worth waiting for them.
+        os._exit(0)
+
+    def say(self, event: protocol.Event) -> None:
+        """Tell the parent; one that is gone needs no answer."""
+        try:
+            with self._lock:
+                self._socket.sendall(protocol.encode(event))
+        except OSError:
+            os._exit(0)
+
+    def _fail(self, code: FailureCode, message: str) -> NoReturn:
+        self.say(protocol.Failed(code, message))
+        os._exit(1)
+
+    def _commands(self) -> Iterator[tuple[protocol.Command, int | None]]:
+        buffer, fds = bytearray(), deque[int]()
+        while True:
+            while (end := buffer.find(b"\n")) < 0:
+                data, found, _, _ = socket.recv_fds(self._socket, _READ_BYTES, 4)
+                if not data:
+                    return
+                fds.extend(found)
+                buffer += data
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            command = protocol.decode_command(line)
+            yield command, fds.popleft() if isinstance(command, protocol.WITH_FD) else None
+
+    @contextmanager
+    def _deadline(self, command: protocol.Command) -> Iterator[None]:
+        name, seconds = type(command).__name__, command.seconds
+        code = protocol.TIMEOUTS[type(command)]
+        timer = threading.Timer(seconds, self._fail, (code, f"{name} was not done within {seconds:.1f} s"))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _do(self, command: protocol.Command, fd: int | None) -> None:
+        match command:
+            case protocol.Listen():
+                self._listen(command)
+            case protocol.Join():
+                host, _, port = command.endpoint.rpartition(":")
+                self._group = GlooCommunicator.join(
+                    host.strip("[]"),
+                    int(port),
+                    command.rank,
+                    command.world_size,
+                    command.nonce,
+                    command.seconds,
+                )
+                self.say(protocol.Ready())
+            case protocol.SendManifest():
+                self._send_manifest(command)
+            case protocol.ReceiveManifest():
+                self._receive_manifest()
+            case protocol.Prepare() if fd is not None:
+                # Pages that are had here cost nothing in the transfer, and too few of them show before it.
+                os.posix_fallocate(fd, 0, command.nbytes)
+                self.say(protocol.Prepared())
+            case protocol.Send() if fd is not None:
+                self._send(command, fd)
+            case protocol.Receive() if fd is not None:
+                self._receive(command, fd)
+
+    def _listen(self, command: protocol.Listen) -> None:
+        rendezvous = Rendezvous(
+            command.host, command.port, command.world_size, command.nonce, command.seconds
+        )
+        host = f"[{command.host}]" if ":" in command.host else command.host
+        self.say(protocol.Listening(f"{host}:{rendezvous.port}"))
+        self._group = rendezvous.join()
+        self.say(protocol.Ready())
+
+    @property
+    def _joined(self) -> Communicator:
+        if self._group is None:
+            raise RuntimeError("the child is in no group: Listen or Join comes first")
+        return self._group
+
+    def _send_manifest(self, command: protocol.SendManifest) -> None:
+        data = zlib.compress(command.data.encode())
+        self._joined.broadcast(torch.tensor([len(data)], dtype=torch.int64))
+        self._joined.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self.say(protocol.ManifestSent())
+
+    def _receive_manifest(self) -> None:
+        length = torch.zeros(1, dtype=torch.int64)
+        self._joined.broadcast(length)
+        if not 0 < int(length) <= _MAX_MANIFEST_BYTES:
+            raise TransportError(f"rank 0 announced a manifest of {int(length)} bytes")
+        data = torch.zeros(int(length), dtype=torch.uint8)
+        self._joined.broadcast(data)
+        unpacked = zlib.decompressobj()
+        text = unpacked.decompress(data.numpy().tobytes(), _MAX_MANIFEST_BYTES)
+        manifest = Manifest.decode(text)
+        self.say(protocol.ManifestReceived(manifest.layout, text.decode()))
+
+    def _send(self, command: protocol.Send, fd: int) -> None:
+        with mmap.mmap(fd, command.nbytes, prot=mmap.PROT_READ) as memory, warnings.catch_warnings():
+            # torch warns that the memory is read-only; so it is meant.
+            warnings.simplefilter("ignore", UserWarning)
+            image = torch.frombuffer(memory, dtype=torch.uint8)
+            self._move(command, image, lambda start, end: None, Limit(command.limit_rate))
+            del image
+        self.say(protocol.Sent())
+
+    def _receive(self, command: protocol.Receive, fd: int) -> None:
+        digest = ImageDigest(command.layout)
+        with mmap.mmap(fd, command.nbytes) as memory:
+            image = torch.frombuffer(memory, dtype=torch.uint8)
+            with memoryview(memory) as view:
+
+                def take(start: int, end: int) -> None:
+                    if command.verify:
+                        digest.update(view[start:end])
+
+                self._move(command, image, take, Limit(0))
+            del image
+        # No mapping of it is left: the parent can seal it.
+        self.say(protocol.Received(digest.value() if command.verify else ""))
+
+    def _move(
+        self,
+        command: protocol.Send | protocol.Receive,
+        image: torch.Tensor,
+        take: Callable[[int, int], None],
+        limit: Limit,
+    ) -> None:
+        if command.mode is Mode.PER_TENSOR:
+            pieces = tensor_spans(Manifest.decode(command.manifest))
+        else:
+            pieces = spans(command.nbytes, min(command.buffer_bytes, PIECE_BYTES))
+
+        def done(start: int, end: int) -> None:
+            take(start, end)
+            self._moved = end
+
+        self._moved = 0
+        with self._telling_progress():
+            broadcast_image(
+                self._joined,
+                image,
+                pieces,
+                command.num_buffers,
+                time.monotonic() + command.seconds,
+                done,
+                limit,
+            )
+
+    @contextmanager
+    def _telling_progress(self) -> Iterator[None]:
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(PROGRESS_SECONDS):
+                self.say(protocol.Progress(self._moved))
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _code(command: protocol.Command, error: Exception) -> FailureCode:
+    if isinstance(command, protocol.Prepare):
+        return FailureCode.STAGING_FAILED
+    if isinstance(error, TransportError):
+        return FailureCode.PEER_LOST
+    return FailureCode.CHILD_FAILED
+
+
+def main() -> NoReturn:
+    """Entry point; the socket's descriptor is the one argument."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The agent's own signals are not for the child: it ends when its parent says so or is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    Child(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

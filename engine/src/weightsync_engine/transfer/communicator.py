@@ -1,0 +1,51 @@
+"""The seam to the library that moves bytes between ranks."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Work(Protocol):
+    """A broadcast under way."""
+
+    def wait(self, seconds: float) -> None:
+        """Return once it is done here. Raises TransportError, also when ``seconds`` are over."""
+
+
+class Communicator(Protocol):
+    """One rank of one group. It touches no state that torch or anybody else shares between groups."""
+
+    rank: int
+    world_size: int
+
+    def broadcast_async(self, tensor: Tensor, src: int = 0) -> Work:
+        """Begin to bring ``tensor`` (contiguous, the same bytes on all ranks) from ``src`` to everybody."""
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        """The same, and wait for it."""
+
+    def close(self) -> None:
+        """Leave the group; idempotent."""
+
+
+class TransportError(RuntimeError):
+    """The group can't go on: a rank is gone, or was too slow. It is never used again."""
+
+
+class RendezvousError(RuntimeError):
+    """The group did not come about."""
+
+
+class UnsupportedError(ValueError):
+    """Asked for what this release does not have; the message names the release that will."""
+
+
+def open_communicator(
+    backend: str, host: str, port: int, rank: int, world_size: int, nonce: str, seconds: float
+) -> Communicator:
+    """Join a group by the name of its backend. Raises UnsupportedError, RendezvousError."""
+    if backend == "Gloo":
+        from weightsync_engine.transfer.gloo import GlooCommunicator
+
+        return GlooCommunicator.join(host, port, rank, world_size, nonce, seconds)
+    raise UnsupportedError(f"backend {backend!r}: this release has Gloo; NCCL comes with 0.2")

@@ -1,0 +1,143 @@
+"""A gloo group of its own: neither torch's default group nor any of its global state is touched.
+
+torch's own names for what is used here begin with an underscore or are not documented; torch is pinned, and a
+contract test holds them.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from datetime import timedelta
+from typing import Final, Self
+
+from torch import Tensor
+from torch.distributed import (
+    BroadcastOptions,
+    PrefixStore,  # type: ignore[attr-defined]
+    ProcessGroupGloo,
+    TCPStore,  # type: ignore[attr-defined]
+)
+
+from weightsync_engine.transfer.communicator import RendezvousError, TransportError
+
+_A_DAY: Final = 86400.0
+
+
+class GlooWork:
+    """A broadcast under way."""
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: object) -> None:
+        self._work = work
+
+    def wait(self, seconds: float) -> None:
+        """Return once it is done here. Raises TransportError."""
+        try:
+            self._work.wait(timedelta(seconds=max(seconds, 0.001)))  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise TransportError(str(error).splitlines()[0]) from error
+
+
+class Rendezvous:
+    """Rank 0's store, bound before anybody is told where it is. Port 0: a free one, see ``port``."""
+
+    def __init__(self, host: str, port: int, world_size: int, nonce: str, seconds: float) -> None:
+        try:
+            self._store = TCPStore(host, port, None, True, timedelta(seconds=seconds), wait_for_workers=False)
+        except RuntimeError as error:
+            raise RendezvousError(
+                f"rank 0 can't listen at {host}:{port}: {str(error).splitlines()[0]}; another process may "
+                "have the port: set transport.port to 0 or to a free one"
+            ) from error
+        self.port: int = self._store.port
+        self._host, self._world_size, self._nonce = host, world_size, nonce
+        self._deadline = time.monotonic() + seconds
+        self._store.set(_key(nonce, "group"), json.dumps({"world_size": world_size}))
+
+    def join(self) -> "GlooCommunicator":
+        """Be rank 0, once all others have come. Raises RendezvousError."""
+        return GlooCommunicator(self._host, self._store, 0, self._world_size, self._nonce, self._deadline)
+
+
+class GlooCommunicator:
+    """One rank of one gloo group."""
+
+    def __init__(
+        self, host: str, store: TCPStore, rank: int, world_size: int, nonce: str, deadline: float
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._store = store
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = left
+        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+        try:
+            # Connects all pairs of ranks: it returns when everybody is there.
+            self._group: ProcessGroupGloo | None = ProcessGroupGloo(
+                PrefixStore(_key(nonce, "gloo"), store), rank, world_size, options
+            )
+        except RuntimeError as error:
+            raise RendezvousError(
+                f"rank {rank} of {world_size} could not connect to all others: {str(error).splitlines()[0]}"
+            ) from error
+
+    @classmethod
+    def join(cls, host: str, port: int, rank: int, world_size: int, nonce: str, seconds: float) -> Self:
+        """Be a rank other than 0, or rank 0 that also listens. Raises RendezvousError."""
+        deadline = time.monotonic() + seconds
+        if rank == 0:
+            rendezvous = Rendezvous(host, port, world_size, nonce, seconds)
+            return cls(host, rendezvous._store, 0, world_size, nonce, deadline)
+        if not 0 < rank < world_size:
+            raise RendezvousError(f"rank {rank} is none of a group of {world_size}")
+        try:
+            store = TCPStore(host, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
+        except RuntimeError as error:
+            raise RendezvousError(f"nobody listens at {host}:{port}: {str(error).splitlines()[0]}") from error
+        _same_group(store, nonce, world_size, f"{host}:{port}")
+        return cls(_own_address(host, port), store, rank, world_size, nonce, deadline)
+
+    def broadcast_async(self, tensor: Tensor, src: int = 0) -> GlooWork:
+        """Begin to bring ``tensor`` from ``src`` to everybody."""
+        if self._group is None:
+            raise TransportError("the group was left already")
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = src, 0
+        try:
+            return GlooWork(self._group.broadcast([tensor], options))  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise TransportError(str(error).splitlines()[0]) from error
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        """The same, and wait for it, as long as the group may take."""
+        self.broadcast_async(tensor, src).wait(_A_DAY)
+
+    def close(self) -> None:
+        """Leave the group; idempotent."""
+        group, self._group = self._group, None
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                group.shutdown()
+
+
+def _key(nonce: str, name: str) -> str:
+    return f"weightsync/{nonce}/{name}"
+
+
+def _same_group(store: TCPStore, nonce: str, world_size: int, endpoint: str) -> None:
+    """Whoever listens there must mean the same group: a stale rank 0 of another epoch is no peer."""
+    key = _key(nonce, "group")
+    if not store.check([key]):
+        raise RendezvousError(f"{endpoint} belongs to another epoch: its nonce is not ours")
+    listed = json.loads(store.get(key))["world_size"]
+    if listed != world_size:
+        raise RendezvousError(f"rank 0 at {endpoint} expects {listed} ranks, this one {world_size}")
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address of the interface that leads to rank 0: gloo binds one, and peers must reach it."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])
