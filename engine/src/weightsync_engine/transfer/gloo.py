@@ -12,11 +12,11 @@ from datetime import timedelta
 from typing import Final, Self
 
 from torch import Tensor
-from torch.distributed import (
+from torch.distributed import (  # type: ignore[attr-defined]
     BroadcastOptions,
-    PrefixStore,  # type: ignore[attr-defined]
+    PrefixStore,
     ProcessGroupGloo,
-    TCPStore,  # type: ignore[attr-defined]
+    TCPStore,
 )
 
 from weightsync_engine.transfer.communicator import RendezvousError, TransportError

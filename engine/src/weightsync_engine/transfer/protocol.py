@@ -2,9 +2,8 @@
 
 The child holds torch and the group, does one command at a time, and answers each with exactly one last event
 (``ANSWERS``); any error is ``Failed``, after which it exits. A command in ``WITH_FD`` carries one file
-descriptor (SCM_RIGHTS), whose copy the child closes when the command is done. ``seconds`` is the command's own
-deadline.
-No torch here: the agent imports this.
+descriptor (SCM_RIGHTS), whose copy the child closes when the command is done. ``seconds`` is the command's
+own deadline. No torch here: the agent imports this.
 """
 
 import json
