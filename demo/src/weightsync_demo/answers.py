@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from weightsync_engine.guard.middleware import ADMITTED_HEADER, VERSION_HEADER
+
 PROMPT: Final = "The fleet serves"
 TOKENS: Final = 16
 """Greedy tokens of a completion that are compared."""
@@ -22,11 +24,15 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion and the version that the server said made it (-1: it did not say)."""
+    """A completion, and the versions that were served when it was let in and when it was answered.
+
+    They differ when a commit fell in between; -1: the server did not say.
+    """
 
     tokens: tuple[int, ...]
     text: str
     version: int
+    admitted: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ def ask(port: int, prompt: Sequence[int], tokens: int) -> Answer:
     if response.status != _OK:
         raise ConnectionError(f"port {port}: {response.status} {data[:200]!r}")
     choice = json.loads(data)["choices"][0]
-    version = int(response.headers.get("x-weightsync-version", "-1"))
-    return Answer(tuple(choice["token_ids"]), choice["text"], version)
+    version, admitted = (int(response.headers.get(name, "-1")) for name in (VERSION_HEADER, ADMITTED_HEADER))
+    return Answer(tuple(choice["token_ids"]), choice["text"], version, admitted)
 
 
 @dataclass
@@ -128,11 +134,3 @@ class Traffic:
             self.tally.across += 1
         else:
             self.tally.wrong.append(f"{self.name}, version {answer.version}: {answer.text!r}")
-
-    def _spans(self, answer: Answer, expected: Expected) -> bool:
-        """Does it begin as its version does and go on as the next: did a commit fall in, as Keep lets it?"""
-        following = self._expected(answer.version + 1)
-        if following is None:
-            return False
-        same = next(i for i, (a, b) in enumerate(zip(answer.tokens, expected.tokens, strict=True)) if a != b)
-        return same > 0 and answer.tokens[same] == following.tokens[same]

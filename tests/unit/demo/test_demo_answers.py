@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from weightsync_demo.answers import Answer, Expected, RefusedError, Traffic, ask
+from weightsync_demo.answers import Answer, Expected, RefusedError, Tally, Traffic, ask
 
 EXPECTED = {
     1: Expected((1, 1, 1, 1), "one", 4.0),
@@ -18,35 +18,39 @@ EXPECTED = {
 }
 
 
-def tally(tokens: tuple[int, ...], version: int) -> Traffic:
+def tally(tokens: tuple[int, ...], version: int, admitted: int | None = None) -> Tally:
     traffic = Traffic("vllm-0", 0, [], 4, EXPECTED.get)
-    traffic._check(Answer(tokens, "text", version))
-    return traffic
+    traffic._check(Answer(tokens, "text", version, version if admitted is None else admitted))
+    return traffic.tally
 
 
 def test_the_versions_own_tokens_are_right() -> None:
-    assert tally((2, 2, 2, 2), 2).tally.right == 1
+    assert tally((2, 2, 2, 2), 2).right == 1
+
+
+def test_a_request_that_waited_for_the_commit_is_the_new_versions() -> None:
+    assert tally((2, 2, 2, 2), 2, admitted=1).right == 1
 
 
 def test_a_beginning_of_one_version_and_the_rest_of_the_next_is_across_a_commit() -> None:
-    seen = tally((1, 1, 2, 2), 1).tally
+    seen = tally((1, 1, 2, 2), 2, admitted=1)
     assert (seen.right, seen.across, seen.wrong) == (0, 1, [])
 
 
 @pytest.mark.parametrize(
-    ("tokens", "version"),
+    ("tokens", "version", "admitted"),
     [
-        pytest.param((1, 1, 1, 1), 2, id="another version than it says"),
-        pytest.param((1, 1, 3, 3), 1, id="a version in between is skipped"),
-        pytest.param((9, 9, 9, 9), 1, id="what no version answers"),
-        pytest.param((1, 1, 9, 9), 1, id="a beginning and then what no version answers"),
-        pytest.param((2, 2, 2, 2), 1, id="the next version under the last one's name"),
-        pytest.param((1, 1, 1, 1), 7, id="a version that nobody published"),
-        pytest.param((1, 1, 1, 1), -1, id="no version named"),
+        pytest.param((1, 1, 1, 1), 2, 2, id="another version than it says"),
+        pytest.param((1, 1, 2, 2), 1, 1, id="mixed without a commit"),
+        pytest.param((3, 3, 2, 2), 2, 1, id="a beginning that is not the version's that let it in"),
+        pytest.param((9, 9, 9, 9), 1, 1, id="what no version answers"),
+        pytest.param((1, 1, 1, 1), 7, 7, id="a version that nobody published"),
+        pytest.param((1, 1, 1, 1), -1, -1, id="no version named"),
+        pytest.param((1, 1, 1, 1), 1, -1, id="let in with no version"),
     ],
 )
-def test_everything_else_is_wrong(tokens: tuple[int, ...], version: int) -> None:
-    seen = tally(tokens, version).tally
+def test_everything_else_is_wrong(tokens: tuple[int, ...], version: int, admitted: int) -> None:
+    seen = tally(tokens, version, admitted)
     assert (seen.right, seen.across, len(seen.wrong)) == (0, 0, 1)
 
 
@@ -72,10 +76,10 @@ def server(status: int, body: dict[str, Any], headers: dict[str, str]) -> Iterat
         thread.join()
 
 
-def test_an_answer_carries_tokens_and_the_version_that_the_server_names() -> None:
+def test_an_answer_carries_tokens_and_the_versions_that_the_server_names() -> None:
     body = {"choices": [{"token_ids": [5, 6], "text": "hi"}]}
-    with server(200, body, {"x-weightsync-version": "7"}) as port:
-        assert ask(port, [1], 2) == Answer((5, 6), "hi", 7)
+    with server(200, body, {"x-weightsync-version": "7", "x-weightsync-admitted": "6"}) as port:
+        assert ask(port, [1], 2) == Answer((5, 6), "hi", 7, 6)
 
 
 def test_a_server_without_permit_is_refused_and_not_an_error() -> None:
