@@ -4,9 +4,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weightsync_engine.reference.completions import Completions
 from weightsync_engine.reference.engine import MODES, Engine
@@ -60,7 +62,7 @@ class Routes:
                 Route("/finish_weight_update", self._finish, methods=post),
                 Route("/shutdown_weight_transfer_engine", self._shutdown, methods=post),
             ],
-            exception_handlers={Exception: _failed},
+            middleware=[Middleware(_AnswersErrors)],
         )
 
     async def _version(self, _: Request) -> Response:
@@ -133,9 +135,27 @@ async def _ok(_: Request) -> Response:
     return Response()
 
 
-async def _failed(_: Request, error: Exception) -> Response:
-    body = {"error": {"message": str(error), "type": type(error).__name__, "code": 500}}
-    return JSONResponse(body, status_code=500)
+class _AnswersErrors:
+    """Any exception of the backend is an answer with status 500 that carries its message, as vLLM's are."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            body = {"error": {"message": str(error), "type": type(error).__name__, "code": 500}}
+            await JSONResponse(body, status_code=500)(scope, receive, send)
 
 
 def _bad(message: str) -> Response:
