@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import kopf
 import pytest
 from cluster_objects import ClusterObjects
 from kubernetes import client
@@ -45,7 +46,6 @@ async def watching(kubeconfig: Path, namespace: str) -> AsyncIterator[tuple[Seen
     finally:
         async with asyncio.timeout(10):
             await watch.stop()
-            await watch.ended()
 
 
 @pytest.fixture
@@ -102,6 +102,26 @@ async def test_kopf_writes_nothing(apiserver: ApiServer, objects: ClusterObjects
     after = objects.core.read_namespaced_pod(pod.name, objects.namespace).metadata
     assert (after.resource_version, after.finalizers) == (before.resource_version, None)
     assert objects.events() == []
+
+
+@pytest.mark.usefixtures("crds")
+async def test_watching_begins_again_when_kopf_ends(
+    apiserver: ApiServer, objects: ClusterObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    async def ends_at_first(**arguments: Any) -> None:
+        runs.append(arguments)
+        if len(runs) == 1:
+            raise RuntimeError("an error in the stream")
+        await operator(**arguments)
+
+    operator = kopf.operator
+    monkeypatch.setattr(kopf, "operator", ends_at_first)
+    objects.weightsync()
+    async with watching(apiserver.kubeconfig, objects.namespace) as (weightsyncs, _):
+        await weightsyncs.until(bool)
+    assert len(runs) == 2
 
 
 async def test_watching_goes_on_after_the_api_server_was_away(binaries: Binaries, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def main() -> int:
     logs.configure(settings.log_format)
     for noisy in ("kopf", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It warns that it does not see signals, which are ours to see.
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
     try:
         asyncio.run(run_until_signal(settings, Connection(settings.kubeconfig, settings.context)))
     except (LeaseLostError, StoodDownError) as error:

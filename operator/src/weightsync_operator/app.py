@@ -95,10 +95,11 @@ class Operator:
         try:
             await self._work_until(stop)
         finally:
+            # Before anything is waited for: no session may send another state.
             self._leading = False
-            self._queue.close()
             self._registry.close_all("this replica ends: dial the next leader")
-            await asyncio.gather(self._ports.close(), self._watch.stop())
+        self._queue.close()
+        await asyncio.gather(self._ports.close(), self._watch.stop())
         await self._elector.release()
         self._api.close()
         log.info("ended")
@@ -120,17 +121,12 @@ class Operator:
         self._watch.start()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._watch_ends())
                 group.create_task(self._truth.list_for_ever())
                 group.create_task(self._elector.run())
                 group.create_task(self._lead())
                 group.create_task(self._recorder.run())
         except* (LeaseLostError, StoodDownError) as errors:
             raise _first(errors) from None
-
-    async def _watch_ends(self) -> None:
-        await self._watch.ended()
-        raise StoodDownError("watching ended, this replica sees nothing any more")
 
     async def _lead(self) -> None:
         await self._elector.elected.wait()
@@ -153,7 +149,9 @@ class Operator:
                 raise
             except (KubeError, TimeoutError) as error:
                 seconds = self._queue.retry(key)
-                log.warning("pass failed", weightsync="/".join(key), error=repr(error), again_in=seconds)
+                log.warning(
+                    "pass failed", weightsync="/".join(key), error=str(error) or repr(error), again_in=seconds
+                )
             except Exception:
                 seconds = self._queue.retry(key)
                 log.exception("pass failed", weightsync="/".join(key), again_in=seconds)

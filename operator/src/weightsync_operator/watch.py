@@ -7,7 +7,7 @@ over, since an exception in one is dropped, never tried again.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import kopf
@@ -19,9 +19,20 @@ from weightsync_operator.kube.connection import Connection
 log = logs.get(__name__)
 
 _JOIN_SECONDS: Final = 5.0
+_AGAIN_SECONDS: Final = 1.0
+_GOODBYE_SECONDS: Final = 0.25
 
 Handler = Callable[[bool, dict[str, Any]], None]
 """Called on the owner's loop with: is the object gone, the object."""
+
+
+class _Backoffs:
+    """Seconds between tries, for ever: kopf gives up at the end of a finite row, and ends."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (0.2, 0.5, 1.0, 2.0)
+        while True:
+            yield 5.0
 
 
 class Watch:
@@ -36,19 +47,12 @@ class Watch:
         self._on_pod = on_pod
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._ended: asyncio.Future[None] | None = None
 
     def start(self) -> None:
         """Start watching; call it on the loop that the handlers are to be called on."""
         self._loop = asyncio.get_running_loop()
-        self._ended = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
-
-    async def ended(self) -> None:
-        """Returns when watching has ended, which nobody but ``stop`` should cause."""
-        assert self._ended is not None, "start() comes first"
-        await asyncio.shield(self._ended)
 
     async def stop(self) -> None:
         """End watching; waits for it a few seconds."""
@@ -57,21 +61,28 @@ class Watch:
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def _run(self) -> None:
-        try:
-            asyncio.run(
-                kopf.operator(
-                    registry=self._registry(),
-                    settings=self._settings(),
-                    standalone=True,
-                    clusterwide=not self._namespace,
-                    namespaces=[self._namespace] if self._namespace else [],
-                    stop_flag=self._stop,
-                )
-            )
-        except BaseException:
-            log.exception("watching failed")
-        finally:
-            self._hand_over(self._end)
+        # kopf ends by itself when the API server sends an error within a stream. The sessions need not end
+        # for that, and what is missed meanwhile the next LIST shows.
+        while not self._stop.is_set():
+            try:
+                asyncio.run(self._watch())
+            except Exception:
+                log.exception("watching failed")
+            if not self._stop.is_set():
+                log.warning("watching ended, beginning again", seconds=_AGAIN_SECONDS)
+                self._stop.wait(_AGAIN_SECONDS)
+
+    async def _watch(self) -> None:
+        await kopf.operator(
+            registry=self._registry(),
+            settings=self._settings(),
+            standalone=True,
+            clusterwide=not self._namespace,
+            namespaces=[self._namespace] if self._namespace else [],
+            stop_flag=self._stop,
+        )
+        # kopf's TLS connections say goodbye in the background, and nothing tells when they have.
+        await asyncio.sleep(_GOODBYE_SECONDS)
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
@@ -94,6 +105,7 @@ class Watch:
         settings = kopf.OperatorSettings()
         # The key is a tuple: "v1/pods" is documented and matches nothing.
         settings.watching.label_selectors["v1", "pods"] = LABEL_ROLE
+        settings.networking.error_backoffs = _Backoffs()
         settings.posting.enabled = False
         settings.scanning.disabled = True
         # Otherwise ending this thread arms a SIGKILL of the whole process.
@@ -105,7 +117,3 @@ class Watch:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             log.debug("event after the end")
-
-    def _end(self) -> None:
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)
