@@ -2,7 +2,7 @@
 
 from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import Outcome, Reason
-from weightsync_operator.core.exclusion import exclude, forgive
+from weightsync_operator.core.exclusion import exclude, forgive, readmit
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.membership import Member
 from weightsync_operator.core.memory import FailedRollout, Round, Step
@@ -35,6 +35,8 @@ def begin(
     allowed = state.memory.allowed
     if not catch_up and target.version not in allowed:
         allowed = (*allowed, target.version)
+    # Who is in the scope may be tried now, whatever it was left out of before.
+    state = readmit(state, {member.uid for member in scope})
     return state.remember(round=round_, allowed=allowed, waiting_since=None)
 
 
