@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsync_demo.answers import PROMPT, TOKENS
-from weightsync_engine import client
+from weightsync_engine.client import PublishError, default_run, publish
 
 _STEPS: Final = 80
 _ENOUGH: Final = 0.02
@@ -77,7 +77,7 @@ def serve(directory: Path, seed: int) -> None:
         "ready",
         parameters=sum(p.numel() for p in model.parameters()),
         prompt=prompt,
-        run=client.default_run(),
+        run=default_run(),
     )
     for line in sys.stdin:
         version = int(json.loads(line)["train"])
@@ -90,8 +90,8 @@ def serve(directory: Path, seed: int) -> None:
         say("trained", version=version, steps=steps, loss=loss, seconds=trained - began)
         say("expected", version=version, tokens=tokens, text=text, margin=margin)
         try:
-            result = client.publish(model.state_dict(), version, timeout=_PUBLISH_SECONDS)
-        except client.PublishError as error:
+            result = publish(model.state_dict(), version, timeout=_PUBLISH_SECONDS)
+        except PublishError as error:
             say("refused", version=version, message=str(error))
             continue
         say("published", version=version, digest=result.digest, seconds=time.monotonic() - trained)

@@ -1,0 +1,202 @@
+"""What a trainer imports: ``publish(model.state_dict(), version)``.
+
+Standard library and the contract package only, whatever the trainer pins beside it. Tensors are torch tensors
+(on any device), numpy arrays, or anything with their attributes; they may be changed again once publish returns.
+"""
+
+import ctypes
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from weightsync_contract.codec import MalformedError, to_document
+from weightsync_contract.manifest import DTYPE_BYTES, Manifest, ManifestError
+from weightsync_contract.messages import VersionId
+from weightsync_contract.reasons import PublishCode
+from weightsync_engine.publish.channel import ChannelClosedError, Deadline
+from weightsync_engine.publish.connection import Connection, publisher
+from weightsync_engine.publish.protocol import (
+    DEFAULT_DIRECTORY,
+    SOCKET_NAME,
+    Description,
+    PublishOutcome,
+    checked_version,
+)
+from weightsync_engine.publish.safetensors import read_file
+
+__all__ = [
+    "AgentUnavailableError",
+    "PublishError",
+    "PublishOutcome",
+    "PublishRefusedError",
+    "PublishResult",
+    "PublishTimeoutError",
+    "default_run",
+    "publish",
+    "publish_file",
+]
+
+Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
+Progress = Callable[[int, int], None]
+
+_BASE_SECONDS: Final = 60.0
+_BYTES_A_SECOND: Final = 50e6
+"""Slowest copy that the default deadline allows for."""
+_RUN: Final = secrets.token_hex(8)
+_RUN_PID: Final = os.getpid()
+
+
+class PublishError(Exception):
+    """A version was not published. Training can go on; the fleet serves on with what it has."""
+
+
+class PublishRefusedError(PublishError):
+    """The version can't be published as it is; ``code`` says why, the message what to do. Nothing has changed."""
+
+    def __init__(self, code: PublishCode, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+class PublishTimeoutError(PublishError):
+    """The agent did not take the version in time. It may be tried again."""
+
+
+class AgentUnavailableError(PublishError):
+    """There is no agent at the socket, or it went away. It may be tried again."""
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """A version that the agent holds a copy of, and what became of it as far as was waited for."""
+
+    version: VersionId
+    digest: str
+    outcome: PublishOutcome
+    reason: str = ""
+    message: str = ""
+
+
+def default_run() -> str:
+    """This process's run: random, and another one in a process that was forked since."""
+    return _RUN if os.getpid() == _RUN_PID else f"{_RUN}-{os.getpid()}"
+
+
+def publish(
+    tensors: Tensors,
+    version: int,
+    *,
+    run: str | None = None,
+    wait: bool = False,
+    timeout: float | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> PublishResult:
+    """Hand a version to the pod's agent, under names as the inference engine's checkpoints have them.
+
+    ``tensors``: a mapping or (name, tensor) pairs, as ``state_dict()`` and ``named_parameters()`` give them.
+    ``version``: a whole number that grows within ``run`` (default: this process). ``wait``: return once the
+    fleet serves it, or it is known that it won't; at the deadline the outcome is PENDING. ``timeout``: seconds for
+    all of it (default: 60, and one for each 50 MB). ``progress(bytes, total)`` is called while bytes are copied.
+
+    Raises PublishRefusedError, PublishTimeoutError, AgentUnavailableError; never waits longer than ``timeout``.
+    """
+    pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    names = tuple(name for name, _ in pairs)
+    dtypes = tuple(_dtype(tensor) for _, tensor in pairs)
+    shapes = tuple(tuple(int(size) for size in tensor.shape) for _, tensor in pairs)
+    description = Description(names, dtypes, shapes)
+    return _publish(description, lambda i: _bytes(pairs[i][1]), version, run, wait, timeout, socket, progress)
+
+
+def publish_file(
+    path: str | os.PathLike[str],
+    version: int,
+    *,
+    run: str | None = None,
+    wait: bool = False,
+    timeout: float | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> PublishResult:
+    """The same for a safetensors file, from any framework. A malformed file is refused with BAD_FILE."""
+    try:
+        with read_file(Path(path)) as file:
+            return _publish(file.description, file.tensor, version, run, wait, timeout, socket, progress)
+    except ManifestError as error:
+        raise PublishRefusedError(error.code, str(error)) from error
+
+
+def _publish(
+    description: Description,
+    tensor: Callable[[int], memoryview],
+    version: int,
+    run: str | None,
+    wait: bool,
+    timeout: float | None,
+    socket: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> PublishResult:
+    try:
+        identity = checked_version(default_run() if run is None else run, version)
+        manifest = Manifest.from_lists(description.names, description.dtype_names, description.shapes)
+    except ManifestError as error:
+        raise PublishRefusedError(error.code, str(error)) from error
+    data = json.dumps(to_document(description), separators=(",", ":")).encode()
+    path = _socket_path(socket)
+    seconds = _BASE_SECONDS + manifest.nbytes / _BYTES_A_SECOND if timeout is None else timeout
+    deadline = Deadline(seconds)
+    try:
+        with publisher(path, deadline) as connection:
+            digest = connection.publish(identity, manifest, data, tensor, deadline, progress)
+        if not wait:
+            return PublishResult(identity, digest, PublishOutcome.PUBLISHED)
+        outcome, reason, message = Connection.wait_for(path, identity, deadline)
+        return PublishResult(identity, digest, outcome, reason, message)
+    except ManifestError as error:
+        raise PublishRefusedError(error.code, str(error)) from error
+    except TimeoutError as error:
+        raise PublishTimeoutError(
+            f"{identity} was not taken within {seconds:.0f} s: {error}. Is the agent at {path} overloaded? "
+            "Give a longer timeout, or try again"
+        ) from error
+    except (ChannelClosedError, OSError, MalformedError) as error:
+        raise AgentUnavailableError(
+            f"no agent took {identity} at {path}: {error}. Check that the pod has the weightsync agent with "
+            "--role trainer, and that both containers mount the same directory (WEIGHTSYNC_DIR)"
+        ) from error
+
+
+def _socket_path(given: str | os.PathLike[str] | None) -> Path:
+    if given is not None:
+        return Path(given)
+    return Path(os.environ.get("WEIGHTSYNC_DIR") or DEFAULT_DIRECTORY) / SOCKET_NAME
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes(tensor: Any) -> memoryview:
+    """The elements of one tensor in C order, in host memory; a copy only where they are not there already."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach()
+        if tensor.device.type != "cpu":
+            tensor = tensor.cpu()
+        tensor = tensor.contiguous()
+        address = tensor.data_ptr()
+    else:
+        tensor = tensor if tensor.flags.c_contiguous else tensor.copy(order="C")
+        address = tensor.__array_interface__["data"][0]
+    nbytes = math.prod(tensor.shape) * DTYPE_BYTES[_dtype(tensor)]
+    if not nbytes:
+        return memoryview(b"")
+    memory = (ctypes.c_ubyte * nbytes).from_address(address)
+    # The array would not keep the tensor alive by itself.
+    memory._weightsync_owner = tensor
+    return memoryview(memory).cast("B")
