@@ -195,6 +195,13 @@ def test_a_boot_that_came_in_an_apply_may_have_got_a_part_of_it(member, kit):
     assert member.told.transfer.version == kit.V1, "the staged memory is the agent's, not the engine's"
 
 
+def test_an_answer_to_another_apply_is_not_taken(member):
+    member.join().check().stage().commit()
+    member.send(ApplyDone("b0", 1), ApplyDone("b1", 9), ApplyFailed("b1", 9, True, "x"))
+    assert member.told.serving.state is ServingState.APPLYING
+    assert member.permit.mode is Mode.HOLD
+
+
 def test_a_late_answer_of_another_boot_is_not_taken(member):
     member.join().check().stage().commit()
     member.send(EngineSeen("b2", 1), ApplyDone("b1", 1))
@@ -416,6 +423,15 @@ def test_a_restarted_agent_fences_what_was_being_applied(member):
     did = agent.send(EngineSeen("b1", 1))
     assert kinds(did) == [WritePermit, WriteJournal, RestartEngine]
     assert agent.told.serving.state is ServingState.FENCED
+
+
+@pytest.mark.parametrize("mode", [None, Mode.SERVE])
+def test_a_restarted_agent_fences_whatever_the_journal_calls_applying(kit, mode):
+    record = Record(ServingState.APPLYING, "b1", kit.V2, "d")
+    permit = Permit("b1", mode, kit.V1) if mode else None
+    agent = kit.Bench(journal=Journal(record), permit=permit)
+    assert RestartEngine in kinds(agent.send(EngineSeen("b1", 1)))
+    assert agent.permit is None
 
 
 def test_a_restarted_agent_has_nothing_against_a_boot_that_came_after_the_apply(member):

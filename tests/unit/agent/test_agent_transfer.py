@@ -192,7 +192,9 @@ def test_a_refused_manifest_is_an_answer_and_moves_nothing(member, kit):
     assert (told.failure.epoch, told.failure.version) == (1, kit.V1)
     assert "tensor 'x'" in told.failure.message
     assert member.later(600) == []
-    assert ReceiveVersion not in kinds(member.desire(group=kit.group(), wanted=kit.wanted()))
+    assert member.desire(group=kit.group(), wanted=kit.wanted()) == []
+    assert member.told.transfer.state is TransferState.JOINED
+    assert member.told.transfer.failure.code is FailureCode.MANIFEST_REFUSED
 
 
 def test_a_refusal_is_asked_again_when_the_manifest_comes_round_again(member, kit):
@@ -266,6 +268,23 @@ def test_a_manifest_goes_round_once_in_a_group_but_in_each_group(member, kit):
     assert ExchangeManifest in kinds(did), "whoever is new in the group waits for it"
 
 
+def test_another_layouts_manifest_is_not_taken_for_this_one(member, kit):
+    member.join()
+    member.desire(group=kit.group(), wanted=kit.wanted(phase=Phase.CHECK))
+    assert member.send(ManifestExchanged(1, "sha256:other")) == []
+    assert member.told.transfer.state is TransferState.CHECKING
+
+
+def test_who_is_checking_has_not_checked(member, kit):
+    member.join().check()
+    member.desire(group=kit.group(2), wanted=kit.wanted(phase=Phase.CHECK))
+    member.send(ChildExited(1), ChildReady(2))
+    told = member.told.transfer
+    assert (told.state, told.checked) == (TransferState.CHECKING, "")
+    member.send(ManifestExchanged(2, kit.LAYOUT), StagingAllocated(2))
+    assert member.told.transfer.checked == kit.LAYOUT
+
+
 def test_what_was_checked_is_told_until_the_engine_restarts(member, kit):
     member.join().check()
     member.desire(group=kit.group(2))
@@ -280,7 +299,8 @@ def test_what_was_checked_is_told_until_the_engine_restarts(member, kit):
 def test_an_answer_of_the_boot_before_is_not_taken(member, kit):
     member.join()
     member.desire(group=kit.group(), wanted=kit.wanted(phase=Phase.CHECK))
-    member.send(ManifestExchanged(1, kit.LAYOUT), EngineSeen("b2", 1), PreflightEnded("b1", kit.LAYOUT))
+    member.send(ManifestExchanged(1, kit.LAYOUT), EngineSeen("b2", 1))
+    assert member.send(PreflightEnded("b1", kit.LAYOUT)) == []
     assert member.told.transfer.checked == ""
     assert member.told.transfer.state is TransferState.CHECKING
 
@@ -351,6 +371,25 @@ def test_a_seal_that_fails_late_does_not_disturb_the_next_group(member, kit):
     member.send(ChildExited(1), ChildReady(2))
     assert member.send(StagingFailed(1, "somebody has it mapped")) == [DropStaging(1)]
     assert member.told.transfer.state is TransferState.CHECKING
+
+
+def test_a_seal_that_fails_late_is_not_the_next_groups_transfer(member, kit):
+    member.join().check().receive()
+    member.send(ChildReceived(1, kit.digest(kit.V1)))
+    member.desire(group=kit.group(2), wanted=kit.wanted())
+    member.send(ChildExited(1), ChildReady(2))
+    assert kinds(member.send(StagingFailed(1, "mapped"))) == [DropStaging, AllocateStaging]
+    assert member.told.transfer.state is TransferState.RECEIVING
+
+
+def test_a_seal_that_ends_late_is_not_the_next_groups_transfer(member, kit):
+    member.join().check().receive()
+    member.send(ChildReceived(1, kit.digest(kit.V1)))
+    member.desire(group=kit.group(2), wanted=kit.wanted())
+    member.send(ChildExited(1), ChildReady(2))
+    assert member.told.transfer.state is TransferState.RECEIVING
+    assert kinds(member.send(StagingSealed(1))) == [DropStaging, AllocateStaging]
+    assert member.told.transfer.state is TransferState.RECEIVING
 
 
 def test_a_transfer_has_a_deadline_also_with_the_operator_gone(member, kit):

@@ -6,7 +6,9 @@ import signal
 import sys
 
 from weightsync_contract import logs
-from weightsync_engine.agent.agent import Agent
+from weightsync_contract.reasons import Role
+from weightsync_engine.adapter import HttpEngine
+from weightsync_engine.agent.agent import Agent, prepare
 from weightsync_engine.agent.config import Config, parse
 
 log = logs.get("weightsync_engine.agent")
@@ -24,7 +26,16 @@ def main() -> None:
 
 
 async def _run(config: Config) -> None:
-    agent = Agent(config)
+    prepare(config.directory, config.state_directory)
+    if config.role is Role.TRAINER:
+        await serve(Agent(config, None))
+        return
+    async with HttpEngine(config.engine_url, config.directory) as engine:
+        await serve(Agent(config, engine))
+
+
+async def serve(agent: Agent) -> None:
+    """Run the agent until it is told to end."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)

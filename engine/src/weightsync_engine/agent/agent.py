@@ -14,7 +14,7 @@ from weightsync_contract import logs
 from weightsync_contract.messages import Hello, VersionId
 from weightsync_contract.names import PROTOCOL_MAX, PROTOCOL_MIN
 from weightsync_contract.reasons import Role
-from weightsync_engine.adapter import HttpEngine
+from weightsync_engine.adapter import Engine
 from weightsync_engine.agent.children import Children
 from weightsync_engine.agent.config import Config
 from weightsync_engine.agent.core import effects as do
@@ -40,10 +40,11 @@ COMMIT_GRACE_SECONDS: Final = 5.0
 
 
 class Agent:
-    """Runs until cancelled. Raises OSError when its directories can't be used."""
+    """One agent process. ``engine`` is what an inference agent drives; a trainer's agent has none."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, engine: Engine | None) -> None:
         self._config = config
+        self._engine = engine
         self._permit = config.directory / "permit"
         self._incarnation = uuid.uuid4().hex
         self._stopping = asyncio.Event()
@@ -54,7 +55,7 @@ class Agent:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Start all edges, then let things happen."""
+        """Go on until ``stop``. Raises OSError when a directory or a port can't be used."""
         config = self._config
         trainer = config.role is Role.TRAINER
         prepare(config.directory, config.state_directory)
@@ -92,10 +93,8 @@ class Agent:
                 await self._publish.start()
                 stack.push_async_callback(self._publish.close)
                 runner.post(SourceChanged(self._publish.source()))
-            else:
-                engine = HttpEngine(config.engine_url, config.directory)
-                stack.push_async_callback(engine.close)
-                self._engines = Engines(engine, manifests, self._staging, runner.post)
+            elif self._engine is not None:
+                self._engines = Engines(self._engine, manifests, self._staging, runner.post)
                 stack.push_async_callback(self._engines.close)
                 loops.append(self._engines.watch())
             await self._health(stack)

@@ -23,7 +23,7 @@ from weightsync_engine.agent.core.effects import (
 )
 from weightsync_engine.agent.manifests import Manifests
 from weightsync_engine.agent.staging import StagingArea, StagingError
-from weightsync_engine.publish.store import VersionNotRetainedError, VersionStore
+from weightsync_engine.publish.store import StoredVersion, VersionNotRetainedError, VersionStore
 from weightsync_engine.transfer.process import ChildPool, ChildProcess
 from weightsync_engine.transfer.protocol import (
     Command,
@@ -70,6 +70,7 @@ class Children:
         self._pool, self._manifests, self._staging, self._store = pool, manifests, staging, store
         self._post = post
         self._living: dict[int, _Child] = {}
+        self._opening: set[asyncio.Task[None]] = set()
 
     def open(self, order: OpenChild) -> None:
         """Start one; it listens as rank 0, else joins."""
@@ -90,15 +91,10 @@ class Children:
         if child is None:
             return
         child.wanted = order.wanted
-        if self._role is not Role.TRAINER:
+        if self._role is Role.TRAINER:
+            self._with_stored(child, order.wanted, lambda stored: self._send_manifest(child, stored, order))
+        else:
             child.tell(ReceiveManifest(order.seconds))
-            return
-        try:
-            manifest = self._manifest(order.wanted)
-        except (VersionNotRetainedError, OSError) as error:
-            self._failed(order.child, FailureCode.VERSION_NOT_RETAINED, str(error))
-            return
-        child.tell(SendManifest(manifest.layout, manifest.encode().decode(), order.seconds))
 
     def allocate(self, order: AllocateStaging) -> None:
         """Have memory, and have the child map it before it is needed."""
@@ -115,25 +111,9 @@ class Children:
 
     def send(self, order: SendVersion) -> None:
         """Broadcast a stored version."""
-        child, wanted, transport = self._living.get(order.child), order.wanted, order.transport
-        if child is None or self._store is None:
-            return
-        try:
-            with self._store.open(wanted.version) as stored:
-                listing = stored.manifest.encode().decode() if transport.mode is Mode.PER_TENSOR else ""
-                command = Send(
-                    wanted.total_bytes,
-                    wanted.layout,
-                    transport.buffer_bytes,
-                    transport.num_buffers,
-                    order.seconds,
-                    self._limit_rate,
-                    transport.mode,
-                    listing,
-                )
-                child.tell(command, stored.fd)
-        except (VersionNotRetainedError, OSError) as error:
-            self._failed(order.child, FailureCode.VERSION_NOT_RETAINED, str(error))
+        child = self._living.get(order.child)
+        if child:
+            self._with_stored(child, order.wanted, lambda stored: self._send_version(child, stored, order))
 
     def receive(self, order: ReceiveVersion) -> None:
         """Receive into staged memory."""
@@ -176,13 +156,45 @@ class Children:
         children = tuple(self._living.values())
         for child in children:
             child.kill()
-        await asyncio.gather(*(child.task for child in children), return_exceptions=True)
+        await asyncio.gather(*(child.task for child in children), *self._opening, return_exceptions=True)
 
-    def _manifest(self, wanted: Wanted) -> Manifest:
-        if self._store is None:
-            raise VersionNotRetainedError(f"{wanted.version}: this agent keeps no versions")
-        with self._store.open(wanted.version) as stored:
-            return stored.manifest
+    def _with_stored(self, child: "_Child", wanted: Wanted, use: Callable[[StoredVersion], None]) -> None:
+        task = asyncio.create_task(self._open(child, wanted, use))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, child: "_Child", wanted: Wanted, use: Callable[[StoredVersion], None]) -> None:
+        """On a thread: a copy that an agent before this one wrote is read as a whole first."""
+        assert self._store is not None, "only a trainer's agent sends"
+        opened = self._store.open(wanted.version)
+        try:
+            stored = await asyncio.to_thread(opened.__enter__)
+        except (VersionNotRetainedError, OSError) as error:
+            self._failed(child.number, FailureCode.VERSION_NOT_RETAINED, str(error))
+            return
+        try:
+            use(stored)
+        finally:
+            opened.__exit__(None, None, None)
+
+    def _send_manifest(self, child: "_Child", stored: StoredVersion, order: ExchangeManifest) -> None:
+        listing = stored.manifest.encode().decode()
+        child.tell(SendManifest(stored.manifest.layout, listing, order.seconds))
+
+    def _send_version(self, child: "_Child", stored: StoredVersion, order: SendVersion) -> None:
+        wanted, transport = order.wanted, order.transport
+        listing = stored.manifest.encode().decode() if transport.mode is Mode.PER_TENSOR else ""
+        command = Send(
+            wanted.total_bytes,
+            wanted.layout,
+            transport.buffer_bytes,
+            transport.num_buffers,
+            order.seconds,
+            self._limit_rate,
+            transport.mode,
+            listing,
+        )
+        child.tell(command, stored.fd)
 
     def _gone(self, number: int, message: str) -> None:
         del self._living[number]
@@ -252,7 +264,8 @@ class _Child:
 
     def tell(self, command: Command, fd: int | None = None) -> None:
         """Say it after everything said before. The descriptor is duplicated at once."""
-        self._commands.put_nowait((command, None if fd is None else os.dup(fd)))
+        if not self.task.done():
+            self._commands.put_nowait((command, None if fd is None else os.dup(fd)))
 
     def kill(self) -> None:
         """Kill the process, or give up starting it."""

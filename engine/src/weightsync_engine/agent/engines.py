@@ -36,9 +36,9 @@ PROBE_SOON_SECONDS: Final = 0.2
 """Between two probes while the engine is away or has just changed."""
 PATIENCE_PROBES: Final = 2
 """An engine that missed so many probes is gone: one alone may be a busy moment."""
-PREFLIGHT_SECONDS: Final = 30.0
+PREFLIGHT_SECONDS: Final = 130.0
 RESUME_SECONDS: Final = 10.0
-RESTART_SECONDS: Final = 10.0
+RESTART_SECONDS: Final = 15.0
 
 
 class Engines:
@@ -135,10 +135,7 @@ class Engines:
         try:
             manifest = self._manifests.get(order.layout)
             staged = Staged(order.version, order.layout, order.digest, order.nbytes, fd, manifest)
-            # The last probe may be a second old, and another boot was not asked for this.
-            info = await self._engine.probe()
-            if info.boot != order.boot:
-                raise ApplyError(True, f"the engine restarted: boot {info.boot}, not {order.boot}")
+            await self._still(order.boot, order.seconds / 4)
             await self._engine.apply(staged, order.in_flight, order.seconds)
         except EngineUnreachableError as error:
             self._post(ApplyFailed(order.boot, order.slot, True, f"nothing was applied: {error}"))
@@ -153,6 +150,22 @@ class Engines:
             self._post(ApplyDone(order.boot, order.slot))
         finally:
             os.close(fd)
+
+    async def _still(self, boot: str, seconds: float) -> None:
+        """The last probe may be a second old, and another boot was not asked for this."""
+        until = asyncio.get_running_loop().time() + seconds
+        while True:
+            try:
+                info = await self._engine.probe()
+            except EngineUnreachableError:
+                # One that is busy is not gone.
+                if asyncio.get_running_loop().time() >= until:
+                    raise
+                await asyncio.sleep(PROBE_SOON_SECONDS)
+                continue
+            if info.boot != boot:
+                raise ApplyError(True, f"nothing was applied: the engine is boot {info.boot} now, not {boot}")
+            return
 
     async def _resume(self, order: Resume) -> None:
         message = ""

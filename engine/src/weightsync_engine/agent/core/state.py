@@ -31,7 +31,7 @@ FENCE_LIMIT: Final = 3
 """A member fenced so often within the window is not restarted any more."""
 RETRY_SECONDS: Final = 1.0
 """Between two tries of something local that failed: a permit, a journal entry, a preflight, a resume."""
-RESTART_SECONDS: Final = 10.0
+RESTART_SECONDS: Final = 20.0
 """Between two demands that a fenced engine ends."""
 APPLY_MARGIN: Final = 0.9
 """Share of the commit deadline that the engine gets: a clean failure can then be told from a hang."""

@@ -144,12 +144,12 @@ def staging_failed(state: State, event: StagingFailed, now: float) -> Outcome:
     if event.slot != state.staging.slot or state.staging.state is StagingState.STAGED:
         return state, ()
     if state.staging.state is StagingState.SEALING and state.staging.wanted:
-        version, this = state.staging.wanted.version, _receiving_it(state)
+        sealing, this = state.staging.wanted.version, _receiving_it(state)
         state, dropped = staging.drop(state)
         if not this:
             # The group that it came from is gone; what goes on now is another's.
             return state, dropped
-        return _declined(state, version, FailureCode.STAGING_FAILED, event.message)[0], dropped
+        return _declined(state, sealing, FailureCode.STAGING_FAILED, event.message)[0], dropped
     if state.transfer.state is TransferState.RECEIVING:
         return _fail(state, FailureCode.STAGING_FAILED, event.message, now)
     if state.transfer.state is not TransferState.CHECKING or state.transfer.wanted:
