@@ -24,6 +24,8 @@ from weightsync_demo.kube.crd import apply_crds
 
 pytestmark = pytest.mark.usefixtures("crds")
 
+MAX_RSS_MIB = 120
+
 
 @pytest.fixture
 async def world(
@@ -402,6 +404,7 @@ async def test_writes_stay_within_their_budget(world: Operated, api_client: clie
         # One at the end and, since it takes longer under load, one on the way.
         assert len(writes) <= 2, [json.dumps(each["status"].get("conditions")) for each in writes]
     assert (await world.status())["group"]["epoch"] == before
+    assert world.operators[0].rss_mib() < MAX_RSS_MIB
 
 
 def versions_since(api_client: client.ApiClient, document: dict[str, Any]) -> list[dict[str, Any]]:
