@@ -1,0 +1,21 @@
+"""How an agent drives an inference engine: one protocol, and vLLM's routes behind it."""
+
+from weightsync_engine.adapter.engine import (
+    ApplyError,
+    Engine,
+    EngineInfo,
+    EngineUnreachableError,
+    ManifestRefusedError,
+    Staged,
+)
+from weightsync_engine.adapter.http import HttpEngine
+
+__all__ = [
+    "ApplyError",
+    "Engine",
+    "EngineInfo",
+    "EngineUnreachableError",
+    "HttpEngine",
+    "ManifestRefusedError",
+    "Staged",
+]
