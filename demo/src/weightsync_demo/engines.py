@@ -1,15 +1,29 @@
-"""Starts the inference servers: real vLLM on the CPU, or the reference engine."""
+"""Starts inference engines as processes: real vLLM on the CPU, or the reference engine."""
 
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from weightsync_demo.processes import Process
 
-KINDS: Final = ("vllm", "reference")
-SERVED_NAME: Final = "demo"
-_SHUTDOWN_SECONDS: Final = 5
+SERVED_MODEL: Final = "demo"
+"""The model's name in requests, whatever serves it."""
+
+ENGINES: Final = ("vllm", "reference")
+
+_VLLM_SETTINGS: Final = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # Several servers share few cores here: each pinned to the first one would be far slower.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 
 
 def engine_process(
@@ -19,44 +33,40 @@ def engine_process(
     shared: Path,
     log: Path,
     *,
-    tensor_parallel_size: int = 1,
+    ranks: int = 1,
     arguments: Sequence[str] = (),
 ) -> Process:
-    """A server of ``model`` on loopback, not started yet.
+    """An engine of ``kind`` (one of ENGINES) on a loopback port, not started yet.
 
-    ``shared`` is the directory that it shares with its agent (permit, token, workers' sockets).
+    ``model`` is the checkpoint's directory, ``shared`` the one that it has in common with its agent, ``ranks`` its
+    tensor parallel size, ``arguments`` more of the engine's own. vLLM's cache is kept for the user: the second
+    start is quicker.
     """
+    command, settings = _COMMANDS[kind](model, port, ranks)
+    env = {**settings, "WEIGHTSYNC_DIR": str(shared)}
+    return Process(f"{log.parent.name}/{kind}", [*command, *arguments], log, env)
+
+
+def _vllm(model: Path, port: int, ranks: int) -> tuple[list[str], Mapping[str, str]]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     command = [
-        *(sys.executable, "-m", "weightsync_engine.reference"),
-        *("--model", str(model), "--served-model-name", SERVED_NAME, "--host", "127.0.0.1"),
-        *("--port", str(port), "--tensor-parallel-size", str(tensor_parallel_size)),
-    ]
-    env = {"WEIGHTSYNC_DIR": str(shared)}
-    if kind == "vllm":
-        command[2] = "vllm.entrypoints.openai.api_server"
-        command += _vllm_arguments()
-        env |= _vllm_environment(shared, tensor_parallel_size)
-    return Process(f"{shared.parent.name}/{kind}", [*command, *arguments], log, env)
-
-
-def _vllm_arguments() -> list[str]:
-    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *("--served-model-name", SERVED_MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", "64M", "--shutdown-timeout", "5"),
+        *("--tensor-parallel-size", str(ranks), "--disable-uvicorn-access-log"),
         *("--middleware", "weightsync_engine.guard.Guard"),
-        *("--weight-transfer-config", '{"backend":"weightsync"}'),
-        *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"),
-        *("--kv-cache-memory-bytes", "64M", "--shutdown-timeout", str(_SHUTDOWN_SECONDS)),
+        *("--weight-transfer-config", json.dumps({"backend": "weightsync"})),
     ]
+    return command, {**_VLLM_SETTINGS, "VLLM_CACHE_ROOT": str(cache / "weightsync" / "vllm")}
 
 
-def _vllm_environment(shared: Path, tensor_parallel_size: int) -> dict[str, str]:
-    env = {
-        # Opens the control routes; the guard closes them again to all but the agent.
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(shared.parent / "vllm-cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    if tensor_parallel_size > 1:
-        # Ranks on one small machine would bind the same cores, and fight for them with their threads.
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return env
+def _reference(model: Path, port: int, ranks: int) -> tuple[list[str], Mapping[str, str]]:
+    command = [
+        *(sys.executable, "-m", "weightsync_engine.reference", "--model", str(model)),
+        *("--served-model-name", SERVED_MODEL, "--port", str(port), "--tensor-parallel-size", str(ranks)),
+    ]
+    return command, {}
+
+
+_COMMANDS: Final = {"vllm": _vllm, "reference": _reference}

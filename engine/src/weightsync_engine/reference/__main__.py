@@ -1,63 +1,68 @@
-"""``python -m weightsync_engine.reference``: a small torch server that speaks vLLM's routes."""
+"""``python -m weightsync_engine.reference --model DIRECTORY --port PORT``."""
 
 import argparse
 import os
-from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import uvicorn
 from tokenizers import Tokenizer
 
+from weightsync_contract import logs
 from weightsync_engine.boot import boot_id
-from weightsync_engine.guard import Guard
 from weightsync_engine.guard.middleware import DEFAULT_DIRECTORY, DIRECTORY
-from weightsync_engine.reference.backend import Backend
-from weightsync_engine.reference.completions import Completions
-from weightsync_engine.reference.engine import Engine
-from weightsync_engine.reference.model import Llama
-from weightsync_engine.reference.routes import Routes
+from weightsync_engine.reference.app import Api
+from weightsync_engine.reference.control import Control
+from weightsync_engine.reference.core import Core
+from weightsync_engine.reference.llama import Llama
 from weightsync_engine.worker.protocol import Hello
 from weightsync_engine.worker.server import WorkerServer
 from weightsync_engine.worker.state import WorkerState
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m weightsync_engine.reference",
-        description="Serve a Llama checkpoint with vLLM's routes, greedy and in float32, to try weightsync "
-        f"where vLLM has no wheel. The directory shared with the agent comes from {DIRECTORY} "
-        f"(default: {DEFAULT_DIRECTORY}).",
-    )
-    parser.add_argument("--model", type=Path, required=True, help="directory of a Hugging Face checkpoint")
-    parser.add_argument("--served-model-name", default="reference", help="its name in answers")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: loopback)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(prog="python -m weightsync_engine.reference", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="directory of a Llama checkpoint, float32")
+    parser.add_argument("--served-model-name", default="", help="name in requests (default: the directory)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
     parser.add_argument(
         "--tensor-parallel-size",
         type=int,
         default=1,
-        metavar="N",
-        help="answer as N ranks would, each at its own socket; the arithmetic stays one process's",
+        help="ranks that answer on sockets, all in this process",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text")
+    arguments = parser.parse_args()
+    logs.configure(arguments.log_format)
+    # A stand-in shares its machine with others of its kind.
+    torch.set_num_threads(1)
+    serve(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM."""
-    options = parse(arguments)
-    directory = Path(os.environ.get(DIRECTORY) or DEFAULT_DIRECTORY)
-    size = options.tensor_parallel_size
-    model = Llama(options.model)
-    ranks = [WorkerState(Hello(boot_id(), rank, size, "reference", os.getpid())) for rank in range(size)]
+def serve(arguments: argparse.Namespace) -> None:
+    """Load the model, open the ranks' sockets, listen."""
+    core = Core(Llama.read(arguments.model))
+    directory = Path(os.environ.get(DIRECTORY, DEFAULT_DIRECTORY))
+    size, name = arguments.tensor_parallel_size, f"reference {version('weightsync-engine')}"
+    boot = boot_id()
+    ranks = [WorkerState(Hello(boot, rank, size, name, os.getpid())) for rank in range(size)]
     for rank, state in enumerate(ranks):
         WorkerServer(directory, str(rank), state).start()
-    engine = Engine(model)
-    tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    completions = Completions(engine, tokenizer, options.served_model_name)
-    routes = Routes(engine, Backend(model, ranks), options.served_model_name, size)
-    application = Guard(routes.application(completions))
-    uvicorn.run(application, host=options.host, port=options.port, log_level="warning")
+    core.start()
+    tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
+    served = arguments.served_model_name or str(arguments.model)
+    app = Api(core, Control(core, ranks), tokenizer, served, size).app()
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
 
 
 if __name__ == "__main__":

@@ -104,18 +104,20 @@ class Llama:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Log-probabilities [vocabulary] after the last of ``ids`` ([n], n >= 1); their positions follow the cache."""
+        """Log-probabilities [vocabulary] of what follows ``ids`` ([n], n >= 1), which follow the cache."""
         weights, config = self._weights, self.config
         start, count = cache.length, len(ids)
         cos, sin = self._cos[start : start + count], self._sin[start : start + count]
         # True where a position may look: at itself and all before it.
         seen = torch.ones(count, start + count, dtype=torch.bool).tril(start)
-        past, cache.layers = cache.layers or [None] * config.layers, []
+        past, cache.layers = cache.layers, []
         x = weights["model.embed_tokens.weight"][ids]
         for number in range(config.layers):
             prefix = f"model.layers.{number}"
             normed = self._norm(x, f"{prefix}.input_layernorm.weight")
-            x = x + self._attend(normed, f"{prefix}.self_attn", cos, sin, seen, past[number], cache)
+            x = x + self._attend(
+                normed, f"{prefix}.self_attn", cos, sin, seen, past[number] if past else None, cache
+            )
             normed = self._norm(x, f"{prefix}.post_attention_layernorm.weight")
             gate = functional.silu(normed @ weights[f"{prefix}.mlp.gate_proj.weight"].T)
             up = normed @ weights[f"{prefix}.mlp.up_proj.weight"].T

@@ -1,6 +1,7 @@
 """Makes checkpoints of small random Llamas in Hugging Face's format: the same seed gives the same bytes."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,7 +44,8 @@ def random_weights(shape: Shape, seed: int) -> dict[str, torch.Tensor]:
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         # Wide enough that another seed answers otherwise, and that the best token has a clear lead.
-        return torch.randn(rows, columns, generator=generator) * 2.0 * columns**-0.5
+        scale = 2.0 / math.sqrt(columns)
+        return torch.randn(rows, columns, generator=generator) * scale
 
     def norm() -> torch.Tensor:
         return 1.0 + 0.1 * torch.randn(shape.hidden, generator=generator)
@@ -72,7 +74,7 @@ def random_weights(shape: Shape, seed: int) -> dict[str, torch.Tensor]:
 def write_checkpoint(
     path: Path, shape: Shape, seed: int, weights: dict[str, torch.Tensor] | None = None
 ) -> int:
-    """Write config, tokenizer and weights (random ones unless given) into ``path``; returns the weights' bytes."""
+    """Write config, tokenizer and weights (random unless given) into ``path``; returns the weights' bytes."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = random_weights(shape, seed) if weights is None else weights
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
