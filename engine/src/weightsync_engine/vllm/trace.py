@@ -119,8 +119,8 @@ def _on_meta(model: torch.nn.Module) -> Iterator[list[Target]]:
         for layer in model.modules()
     ]
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for name, found in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(found), []).append(name)
     targets: dict[int, Target] = {}
     try:
         for layer, live_parameters, _, _ in saved:
