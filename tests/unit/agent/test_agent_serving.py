@@ -377,7 +377,7 @@ def test_a_version_that_kills_engines_is_not_tried_for_ever(member):
 def test_a_fenced_engine_is_told_again_until_it_has_another_boot(member):
     member.join().check().stage().commit()
     member.send(ApplyFailed("b1", 1, False, "mixed"))
-    assert kinds(member.later(25)).count(RestartEngine) == 2
+    assert kinds(member.later(45)).count(RestartEngine) == 2
     member.send(EngineSeen("b2", 1))
     assert RestartEngine not in kinds(member.later(60))
 
