@@ -117,8 +117,8 @@ class Cluster:
         return self._token("weightsync-demo", [TOKEN_AUDIENCE], reference)
 
     def viewer_token(self) -> str:
-        """A token that may read the WeightSync and so its fleet."""
-        return self._token("weightsync-demo-viewer", [TOKEN_AUDIENCE], None)
+        """A token that may read the WeightSync and so its fleet, as ``kubectl create token`` makes them."""
+        return self._token("weightsync-demo-viewer", [], None)
 
     def weightsync(self, name: str) -> dict[str, Any]:
         """The WeightSync as it is."""

@@ -24,6 +24,8 @@ class FleetReader:
         self._request = urllib.request.Request(url, headers=headers)  # noqa: S310 (our own operator)
         self._on_change = on_change
         self._latest: FleetView | None = None
+        self.trouble = "it was not asked yet"
+        """Why the last question had no answer."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
 
@@ -63,12 +65,18 @@ class FleetReader:
             try:
                 with opener.open(self._request, timeout=_SECONDS) as response:
                     view = loads(FleetView, response.read())
-            except (OSError, MalformedError, urllib.error.HTTPError):
+            except (OSError, MalformedError) as error:
                 # An operator that restarts is part of life; the next poll tells.
+                self.trouble = _reason(error)
                 continue
             if view != self._latest:
                 self._latest = view
                 self._on_change(view)
+
+
+def _reason(error: Exception) -> str:
+    said = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
+    return f"{error} {said}".strip()
 
 
 def fleet_url(session_port: int, namespace: str, name: str) -> str:

@@ -15,8 +15,8 @@ from weightsync_demo.waiting import wait_for
 
 T = TypeVar("T")
 
-_TRAIN_SECONDS: Final = 240.0
-_SERVE_SECONDS: Final = 240.0
+_TRAIN_SECONDS: Final = 600.0
+_SERVE_SECONDS: Final = 300.0
 _TRANSFER_SECONDS: Final = 60.0
 _MARGIN: Final = 1e-3
 """Logits that every expected token has to be ahead; rounding differs by some 1e-5."""
@@ -161,5 +161,5 @@ class Story:
             return wait_for(predicate, seconds, what, interval=0.02)
         except TimeoutError as error:
             view = self.fleet.latest
-            why = f"{view.phase}: {view.message}" if view else "the operator did not answer"
+            why = f"{view.phase}: {view.message}" if view else self.fleet.trouble
             raise TimeoutError(f"{error}; the fleet says {why}") from error
