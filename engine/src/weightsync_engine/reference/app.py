@@ -92,8 +92,7 @@ class Api:
         config = self._core.model.config
         body = await _json(request)
         try:
-            size = self._tokenizer.get_vocab_size()
-            asked = parse(body, self._tokenizer, self._model, config.positions, size)
+            asked = parse(body, self._tokenizer, self._model, config.positions, config.vocabulary)
         except KeyError as error:
             raise HTTPException(404, f"The model {error} does not exist.") from error
         steps = self._generate(asked)

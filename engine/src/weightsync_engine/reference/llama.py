@@ -30,6 +30,7 @@ class Config:
     tied: bool
     positions: int
     eos: int
+    vocabulary: int
 
     @classmethod
     def read(cls, directory: Path) -> "Config":
@@ -52,6 +53,7 @@ class Config:
             raw.get("tie_word_embeddings", False),
             raw["max_position_embeddings"],
             raw["eos_token_id"],
+            raw["vocab_size"],
         )
 
 

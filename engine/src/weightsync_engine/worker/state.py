@@ -116,7 +116,7 @@ class WorkerState:
             if self._attached is None:
                 raise RefusedError("no image is attached")
             found = self._attached.image
-            if (found.version, found.layout) != (image.version, image.layout):
+            if found != image:
                 raise RefusedError(f"attached is {found}, not {image}")
             checked = self._preflight
             if checked is None or checked.layout != image.layout:
