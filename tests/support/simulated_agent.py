@@ -292,10 +292,8 @@ class SimAgent:
             self._due = None
             self.post(ev.Tick())
 
-        life = self.life
-        self.clock.after(
-            max(due - self.clock.now, 0.0) + TICK_SECONDS, lambda: tick() if self.alive and self.life == life else None
-        )
+        late = max(due - self.clock.now, 0.0) + TICK_SECONDS
+        self.later(late, late, tick)
 
     def from_child(self, child: Child, event: ev.Event) -> None:
         if self.alive and child.owner is self and (child.alive or isinstance(event, ev.ChildFailed)):

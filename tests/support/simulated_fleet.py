@@ -246,14 +246,16 @@ class Operator:
             delay += self.clock.random.uniform(0.5, 5.0)
 
         def arrive() -> None:
-            if self.sessions.get(agent.uid) != session or self.heard.get(agent.uid, 0) > number:
+            if self.sessions.get(agent.uid) != session:
                 return
-            self.heard[agent.uid] = number
             view = self.views[agent.uid]
-            if isinstance(message, Observed):
+            if isinstance(message, Nack):
+                if message.code is RefusalCode.STALE_TERM:
+                    view = replace(view, nacked_term=max(view.nacked_term, message.term))
+            elif self.heard.get(agent.uid, 0) < number:
+                # One after the other: of two that are on their way only the newer one counts.
+                self.heard[agent.uid] = number
                 view = replace(view, observed=message)
-            elif message.code is RefusalCode.STALE_TERM:
-                view = replace(view, nacked_term=max(view.nacked_term, message.term))
             if view != self.views[agent.uid]:
                 self.views[agent.uid] = view
                 self._wake()

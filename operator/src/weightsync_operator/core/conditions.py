@@ -51,6 +51,11 @@ def why(facts: Facts, state: State, member: Member) -> str:
         return exclusion.message
     if member.message:
         return f"{member.name}: {member.message}"
+    current = current_target(facts, state)
+    if current and state.round is None and member in behind(facts, state, current):
+        kept = facts.source.retains(current.version) is not None or member.holds(current, facts.verify)
+        lacks = "" if kept else ", of which no trainer keeps a copy: publish again"
+        return f"{member.name}: it needs {current.version}{lacks}"
     if unguarded(member):
         return f"{member.name}: its engine answers without a permit: start it with weightsync's middleware"
     return ""

@@ -57,6 +57,9 @@ def start_catch_up(facts: Facts, state: State) -> State | None:
     current = current_target(facts, state)
     if state.round is not None or current is None or facts.world.spec.paused:
         return None
+    if wanted(facts, state) is not None and facts.source.usable:
+        # A rollout is about to begin; it brings them more.
+        return None
     needy = behind(facts, state, current)
     if facts.source.retains(current.version) is None:
         needy = [member for member in needy if member.holds(current, facts.verify)]
