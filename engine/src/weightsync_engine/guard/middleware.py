@@ -63,6 +63,10 @@ class Guard:
         self._token = TokenFile(self._directory / "control-token")
         self._listen()
 
+    def close(self) -> None:
+        """Give up the socket; for whoever takes a guard down without ending its process."""
+        self._server.close()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
         kind = scope["type"]
@@ -146,11 +150,12 @@ class Guard:
     def _listen(self) -> None:
         """A way to end this process though its event loop hangs; boot.end_engine says why this one must."""
         hello = Hello(self._boot, -1, 0, "api", os.getpid())
-        server = WorkerServer(self._directory, f"api-{os.getpid()}", WorkerState(hello), self._end)
+        self._server = WorkerServer(self._directory, f"api-{os.getpid()}", WorkerState(hello), self._end)
         try:
             forget_ended(self._directory)
-            server.start()
+            self._server.start()
         except OSError as error:
+            self._server.close()
             print(f"weightsync: no socket for the agent: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
