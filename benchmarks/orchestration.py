@@ -118,6 +118,7 @@ def main() -> None:
         "in status writes": round(statistics.median(took[1:]) / statistics.median(writes), 2),
         "operator_rss_mib": round(rss, 1),
         "raw_ms": [round(each, 1) for each in took],
+        "load_average": os.getloadavg()[0],
         "machine": {
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
