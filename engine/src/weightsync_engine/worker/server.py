@@ -23,6 +23,7 @@ READ_SECONDS: Final = 10.0
 MAX_CONNECTIONS: Final = 8
 _CHUNK: Final = 1 << 16
 _MAX_FDS: Final = 4
+_BACKLOG: Final = 128
 
 Handler = Callable[[dict[str, Any], int | None], dict[str, Any] | None]
 
@@ -59,7 +60,8 @@ class WorkerServer:
         with short_name(scratch) as address:
             self._listener.bind(address)
         scratch.chmod(0o600)
-        self._listener.listen(MAX_CONNECTIONS)
+        # A full backlog is a refusal at once, not a wait.
+        self._listener.listen(_BACKLOG)
         scratch.replace(self.path)
         threading.Thread(target=self._accept, name="weightsync-socket", daemon=True).start()
 
