@@ -8,7 +8,7 @@ import sys
 from weightsync_contract import logs
 from weightsync_contract.reasons import Role
 from weightsync_engine.adapter import HttpEngine
-from weightsync_engine.agent.agent import Agent, prepare
+from weightsync_engine.agent.agent import Agent
 from weightsync_engine.agent.config import Config, parse
 
 log = logs.get("weightsync_engine.agent")
@@ -26,7 +26,6 @@ def main() -> None:
 
 
 async def _run(config: Config) -> None:
-    prepare(config.directory, config.state_directory)
     if config.role is Role.TRAINER:
         await serve(Agent(config, None))
         return

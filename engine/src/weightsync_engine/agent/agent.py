@@ -11,7 +11,7 @@ from typing import Final
 from aiohttp import web
 
 from weightsync_contract import logs
-from weightsync_contract.messages import Hello, VersionId
+from weightsync_contract.messages import Hello, Observed, Transfer, VersionId
 from weightsync_contract.names import PROTOCOL_MAX, PROTOCOL_MIN
 from weightsync_contract.reasons import Role
 from weightsync_engine.adapter import Engine
@@ -27,7 +27,7 @@ from weightsync_engine.agent.manifests import Manifests
 from weightsync_engine.agent.runner import Runner
 from weightsync_engine.agent.session import Operator, Session
 from weightsync_engine.agent.staging import StagingArea
-from weightsync_engine.permit import read_permit, write_permit
+from weightsync_engine.permit import Permit, read_permit, write_permit
 from weightsync_engine.publish.protocol import SOCKET_NAME
 from weightsync_engine.publish.server import PublishServer
 from weightsync_engine.publish.store import VersionStore
@@ -49,6 +49,7 @@ class Agent:
         self._incarnation = uuid.uuid4().hex
         self._stopping = asyncio.Event()
         self._pinned: VersionId | None = None
+        self._told: Observed | None = None
 
     def stop(self) -> None:
         """End soon: after the commit under way, if there is one."""
@@ -127,9 +128,10 @@ class Agent:
                 await asyncio.to_thread(self._journal.write, effect.entry)
             case do.WritePermit():
                 write_permit(self._permit, effect.permit)
-                log.info("permit", permit=effect.permit)
+                _log_permit(effect.permit)
             case do.Report():
                 self._session.report(effect.observed)
+                self._log_change(effect.observed)
             case do.SendNack():
                 log.warning("refused what the operator wants", why=effect.nack.message, code=effect.nack.code)
                 self._session.nack(effect.nack)
@@ -164,6 +166,19 @@ class Agent:
             case do.TellFleet():
                 self._publish.tell(effect.fleet)
 
+    def _log_change(self, observed: Observed) -> None:
+        """A line whenever a side's state or its failure is another one."""
+        before, self._told = self._told, observed
+        transfer, serving = observed.transfer, observed.serving
+        was = before.transfer if before else Transfer()
+        if (transfer.state, transfer.failure) != (was.state, was.failure):
+            given = _given(epoch=transfer.epoch, version=transfer.version, failure=transfer.failure)
+            log.info("transfer", state=transfer.state, **given)
+        old = before.serving if before else None
+        if serving and (old is None or (serving.state, serving.failure) != (old.state, old.failure)):
+            given = _given(boot=serving.boot, version=serving.version, failure=serving.failure)
+            log.info("serving", state=serving.state, **given)
+
     def _pin(self, effect: do.Pin) -> None:
         assert self._store is not None
         # The new one first: between the two, nothing that is needed is without a pin.
@@ -172,6 +187,17 @@ class Agent:
         if self._pinned:
             self._store.unpin(self._pinned)
         self._pinned = effect.version
+
+
+def _log_permit(permit: Permit | None) -> None:
+    if permit is None:
+        log.info("permit removed")
+    else:
+        log.info("permit", mode=permit.mode, boot=permit.boot, version=permit.version or "initial weights")
+
+
+def _given(**fields: object) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value}
 
 
 def prepare(directory: Path, state_directory: Path) -> None:

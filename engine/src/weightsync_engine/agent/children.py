@@ -50,6 +50,7 @@ log = logs.get(__name__)
 
 PREPARE_SECONDS: Final = 600.0
 """The child's own limit for having memory; the phase's deadline is the one that counts."""
+END_SECONDS: Final = 1.0
 
 
 class Children:
@@ -284,9 +285,8 @@ class _Child:
                     self._hear(self, event)
             finally:
                 speaking.cancel()
-                self._process.kill()
                 await asyncio.gather(speaking, return_exceptions=True)
-            message = f"the transfer child ended with status {await self._process.wait()}"
+            message = f"the transfer child ended with status {await _ended(self._process)}"
         except OSError as error:
             message = f"no transfer child: {error}"
         finally:
@@ -304,6 +304,15 @@ class _Child:
                     await process.send(command, fd)
             finally:
                 _close(fd)
+
+
+async def _ended(process: ChildProcess) -> int:
+    """Its status. One that said its last word ends by itself; one that does not is made to."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_SECONDS):
+            return await process.wait()
+    process.kill()
+    return await process.wait()
 
 
 def _close(fd: int | None) -> None:
