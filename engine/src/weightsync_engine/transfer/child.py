@@ -33,6 +33,8 @@ from weightsync_engine.transfer.gloo import GlooCommunicator, Rendezvous
 PROGRESS_SECONDS: Final = 0.2
 _READ_BYTES: Final = 1 << 20
 _PR_SET_PDEATHSIG: Final = 1
+# Page tables are filled at once: fault by fault they would cost more than the bytes.
+_MAPPED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _MAX_MANIFEST_BYTES: Final = 512 << 20
 
 
@@ -160,7 +162,7 @@ class Child:
         self.say(protocol.ManifestReceived(manifest.layout, text.decode()))
 
     def _send(self, command: protocol.Send, fd: int) -> None:
-        with mmap.mmap(fd, command.nbytes, prot=mmap.PROT_READ) as memory, warnings.catch_warnings():
+        with mmap.mmap(fd, command.nbytes, _MAPPED, mmap.PROT_READ) as memory, warnings.catch_warnings():
             # torch warns that the memory is read-only; so it is meant.
             warnings.simplefilter("ignore", UserWarning)
             image = torch.frombuffer(memory, dtype=torch.uint8)
@@ -170,7 +172,7 @@ class Child:
 
     def _receive(self, command: protocol.Receive, fd: int) -> None:
         digest = ImageDigest(command.layout)
-        with mmap.mmap(fd, command.nbytes) as memory:
+        with mmap.mmap(fd, command.nbytes, _MAPPED) as memory:
             image = torch.frombuffer(memory, dtype=torch.uint8)
             with memoryview(memory) as view:
 
