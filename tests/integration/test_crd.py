@@ -15,7 +15,8 @@ from weightsync_contract.names import API_VERSION, GROUP, KIND, PLURAL
 from weightsync_demo.kube.apiserver import ApiServer
 from weightsync_demo.kube.errors import KubectlError
 from weightsync_operator.core.model import ConditionStatus, CurrentVersion, GroupStatus, MemberCounts, Status
-from weightsync_operator.documents import parse_spec, status_document
+from weightsync_operator.core.spec import parse_spec
+from weightsync_operator.documents import status_document
 
 ROOT = Path(__file__).parents[2]
 CRD = yaml.safe_load((ROOT / "crds" / "weightsync.yaml").read_text())

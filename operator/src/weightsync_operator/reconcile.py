@@ -15,11 +15,12 @@ from weightsync_contract import logs
 from weightsync_contract.fleetview import FleetView
 from weightsync_contract.messages import Released
 from weightsync_operator.core.model import AgentView, Note, Plan, World
+from weightsync_operator.core.spec import matches
 from weightsync_operator.documents import Stored, status_document
 from weightsync_operator.kube.api import Api
 from weightsync_operator.kube.errors import ConflictError, NotFoundError
 from weightsync_operator.kube.resources import get_weightsync, put_status
-from weightsync_operator.selection import claims, matches, selects
+from weightsync_operator.selection import claims, selects
 from weightsync_operator.session.registry import Registry
 from weightsync_operator.store import Key, Store
 

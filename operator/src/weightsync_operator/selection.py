@@ -1,27 +1,11 @@
 """Which pods a WeightSync selects, and whose a pod is when several select it. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from weightsync_contract.messages import ObjectRef
-from weightsync_operator.core.model import PodView, Selector
+from weightsync_operator.core.model import PodView
+from weightsync_operator.core.spec import matches
 from weightsync_operator.documents import Stored
-
-
-def matches(selector: Selector, labels: Mapping[str, str]) -> bool:
-    """Whether a pod with ``labels`` is selected; as in Kubernetes, NotIn holds where the key is missing."""
-    for key, value in selector.labels:
-        if labels.get(key) != value:
-            return False
-    for row in selector.requirements:
-        holds = {
-            "In": labels.get(row.key) in row.values,
-            "NotIn": labels.get(row.key) not in row.values,
-            "Exists": row.key in labels,
-            "DoesNotExist": row.key not in labels,
-        }[row.operator]
-        if not holds:
-            return False
-    return True
 
 
 def selects(weightsync: Stored, pod: PodView) -> bool:

@@ -15,7 +15,8 @@ from weightsync_operator.core.model import (
     RolloutStatus,
     Status,
 )
-from weightsync_operator.documents import parse_pod, parse_quantity, parse_spec, status_document
+from weightsync_operator.core.spec import parse_quantity, parse_spec
+from weightsync_operator.documents import parse_pod, status_document
 
 SELECTORS: dict[str, Any] = {
     "trainer": {"selector": {"matchLabels": {"app": "trainer"}}},

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from weightsync_operator.core.model import PodView
-from weightsync_operator.documents import Stored, parse_selector, parse_weightsync
-from weightsync_operator.selection import claims, matches, owner
+from weightsync_operator.core.spec import matches, parse_selector
+from weightsync_operator.documents import Stored, parse_weightsync
+from weightsync_operator.selection import claims, owner
 
 CASES = [
     ({"matchLabels": {"app": "a"}}, {"app": "a", "x": "y"}, True),

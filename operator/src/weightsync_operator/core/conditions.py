@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import Condition, Reason
 from weightsync_operator.core.facts import Facts, State
-from weightsync_operator.core.idle import behind, current_target, failed_before, wanted
+from weightsync_operator.core.idle import behind, current_target, failed_before, is_behind, wanted
 from weightsync_operator.core.limits import NAMES
 from weightsync_operator.core.membership import HEALTH_OF_STANDING, Member, Standing, names, unguarded
 from weightsync_operator.core.memory import REASON_OF_STEP, Round
@@ -52,7 +52,7 @@ def why(facts: Facts, state: State, member: Member) -> str:
     if member.message:
         return f"{member.name}: {member.message}"
     current = current_target(facts, state)
-    if current and state.round is None and member in behind(facts, state, current):
+    if current and state.round is None and is_behind(facts, state, member, current):
         kept = facts.source.retains(current.version) is not None or member.holds(current, facts.verify)
         lacks = "" if kept else ", of which no trainer keeps a copy: publish again"
         return f"{member.name}: it needs {current.version}{lacks}"

@@ -82,15 +82,17 @@ def current_target(facts: Facts, state: State) -> VersionTarget | None:
 
 def behind(facts: Facts, state: State, current: VersionTarget) -> list[Member]:
     """Members that could serve the current version and serve nothing that is allowed."""
-    allowed = state.memory.allowed
-    return [
-        member
-        for member in facts.members.values()
-        if member.standing is Standing.READY
-        and open_to(facts, state, member, current.version)
-        and not any(member.has(version) or member.applies(version) for version in allowed)
+    return [member for member in facts.members.values() if is_behind(facts, state, member, current)]
+
+
+def is_behind(facts: Facts, state: State, member: Member, current: VersionTarget) -> bool:
+    """Whether a member could serve the current version and serves nothing that is allowed."""
+    return (
+        member.standing is Standing.READY
         and not member.beyond(current.version)
-    ]
+        and not any(member.has(version) or member.applies(version) for version in state.memory.allowed)
+        and open_to(facts, state, member, current.version)
+    )
 
 
 def coming(facts: Facts) -> bool:

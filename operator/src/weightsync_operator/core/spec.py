@@ -69,17 +69,17 @@ def unsupported(document: Mapping[str, Any]) -> tuple[str, ...]:
     )
     found = []
     if plane.get("type", "Sidecar") != "Sidecar":
-        found.append(f"dataPlane.type: {plane['type']} ({PLANNED})")
+        found.append(f"dataPlane.type {plane['type']} ({PLANNED})")
     if plane.get("staging", "Host") != "Host":
-        found.append(f"dataPlane.staging: {plane['staging']} ({PLANNED})")
+        found.append(f"dataPlane.staging {plane['staging']} ({PLANNED})")
     if transport.get("backend", "Gloo") != "Gloo":
-        found.append(f"transport.backend: {transport['backend']} ({PLANNED})")
+        found.append(f"transport.backend {transport['backend']} ({PLANNED})")
     if transport.get("mode", "Packed") != "Packed":
-        found.append(f"transport.mode: {transport['mode']} ({PLANNED})")
+        found.append(f"transport.mode {transport['mode']} ({PLANNED})")
     if strategy.get("steps"):
         found.append(f"strategy.steps ({PLANNED})")
     if target.get("policy", "Latest") != "Latest":
-        found.append(f"target.policy: {target['policy']} ({PLANNED})")
+        found.append(f"target.policy {target['policy']} ({PLANNED})")
     return tuple(found)
 
 

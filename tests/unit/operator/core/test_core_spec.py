@@ -85,12 +85,12 @@ def test_every_field_is_read() -> None:
     ("section", "field"),
     [
         ({"strategy": {"steps": [{"members": 1}]}}, "strategy.steps"),
-        ({"target": {"policy": "Pinned", "version": 3}}, "target.policy: Pinned"),
-        ({"dataPlane": {"type": "Engine"}, "verification": "None"}, "dataPlane.type: Engine"),
-        ({"dataPlane": {"staging": "Device"}}, "dataPlane.staging: Device"),
-        ({"dataPlane": {"staging": "None"}}, "dataPlane.staging: None"),
-        ({"transport": {"backend": "NCCL"}}, "transport.backend: NCCL"),
-        ({"transport": {"mode": "PerTensor"}}, "transport.mode: PerTensor"),
+        ({"target": {"policy": "Pinned", "version": 3}}, "target.policy Pinned"),
+        ({"dataPlane": {"type": "Engine"}, "verification": "None"}, "dataPlane.type Engine"),
+        ({"dataPlane": {"staging": "Device"}}, "dataPlane.staging Device"),
+        ({"dataPlane": {"staging": "None"}}, "dataPlane.staging None"),
+        ({"transport": {"backend": "NCCL"}}, "transport.backend NCCL"),
+        ({"transport": {"mode": "PerTensor"}}, "transport.mode PerTensor"),
     ],
 )
 def test_a_field_of_a_later_release_is_named_with_the_release(section: dict[str, Any], field: str) -> None:
