@@ -13,6 +13,7 @@ from weightsync_contract.manifest import DTYPE_BYTES, ManifestError
 from weightsync_contract.reasons import PublishCode
 from weightsync_engine.publish.protocol import Description
 
+_LENGTH_BYTES: Final = 8
 _MAX_HEADER_BYTES: Final = 256 << 20
 _DTYPES: Final = {
     "BOOL": "bool",
@@ -50,29 +51,26 @@ def read_file(path: Path) -> Iterator[TensorFile]:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            if size < 8:
+            if size < _LENGTH_BYTES:
                 raise _bad(path, f"{size} bytes are no safetensors file")
-            with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as memory, memoryview(memory) as view:
-                parsed = _parse(path, view)
-                try:
-                    yield parsed
-                finally:
-                    parsed.view.release()
+            # Never closed by hand: an error on its way up may still hold a view of it.
+            memory = memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ))
+            yield _parse(path, memory)
     except OSError as error:
         raise _bad(path, str(error)) from error
 
 
 def _parse(path: Path, view: memoryview) -> TensorFile:
-    length = int.from_bytes(view[:8], "little")
-    if length > min(_MAX_HEADER_BYTES, len(view) - 8):
+    length = int.from_bytes(view[:_LENGTH_BYTES], "little")
+    if length > min(_MAX_HEADER_BYTES, len(view) - _LENGTH_BYTES):
         raise _bad(path, f"its header is to have {length} bytes, but the file has {len(view)}")
     try:
-        header = json.loads(bytes(view[8 : 8 + length]))
+        header = json.loads(bytes(view[_LENGTH_BYTES : _LENGTH_BYTES + length]))
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise _bad(path, "its header is no JSON object")
-    data = view[8 + length :]
+    data = view[_LENGTH_BYTES + length :]
     rows = sorted(
         (_row(path, name, entry, len(data)) for name, entry in header.items() if name != "__metadata__"),
         key=lambda row: row[3],
