@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,16 @@ def test_a_torn_line_does_not_spoil_the_next(path):
         file.write(b'0000dead {"kind":')
     write(path, [APPLYING])
     assert read(path).record == APPLYING
+
+
+def test_a_last_line_of_which_not_every_page_arrived_is_torn(path):
+    write(path, [SERVING, APPLYING])
+    data = bytearray(path.read_bytes())
+    data[-20:-1] = bytes(19)
+    path.write_bytes(data)
+    journal = read(path)
+    assert journal.record == SERVING
+    assert not journal.corrupt
 
 
 def test_a_last_line_of_zeros_is_torn(path):
@@ -138,13 +149,13 @@ def test_a_write_that_fails_leaves_no_half_line(path, monkeypatch):
     real = os.write
 
     def half(fd, data):
-        if len(data) > 20:
-            return real(fd, data[:20])
+        if len(data) > 5:
+            return real(fd, data[:-5])
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(module.os, "write", half)
     with pytest.raises(OSError, match="no space"):
-        file.write(APPLYING)
+        file.write(replace(APPLYING, message="longer than what is written next" * 10))
     monkeypatch.undo()
     assert file.journal.record == SERVING
     file.write(Record(ServingState.WITHHELD, "b1"))

@@ -78,7 +78,7 @@ async def test_a_wait_ends_with_its_time(hands):
     assert not await hands.runner.until(lambda state: False, 0.05)
 
 
-async def test_a_journal_entry_is_answered_before_what_came_meanwhile(staged, kit):
+async def test_what_rests_on_the_journal_comes_after_it(staged, kit):
     hands, task = run(staged)
     staged.seq += 1
     commit = kit.replace(staged.state.desired.taken, seq=staged.seq, commit=kit.V1)

@@ -191,7 +191,7 @@ async def test_only_the_newest_report_is_sent(operator, agent):
 
 
 async def test_progress_is_told_once_a_second_and_a_change_at_once(operator, agent, monkeypatch):
-    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.5)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 1.0)
     agent.session.report(seen(0, TransferState.RECEIVING))
     await operator.until(lambda: operator.messages(Observed))
     for number in range(1, 8):
@@ -207,7 +207,7 @@ async def test_progress_is_told_once_a_second_and_a_change_at_once(operator, age
     agent.session.report(seen(10, TransferState.RECEIVING))
     await operator.until(lambda: len(operator.messages(Observed)) == 4)
     times = operator.times(Observed)
-    assert times[3] - times[2] > 0.4
+    assert times[3] - times[2] > 0.9
 
 
 async def test_silence_is_filled_with_the_state(operator, agent):
@@ -351,6 +351,21 @@ async def test_a_peer_that_accepts_and_says_nothing_is_left(monkeypatch, token_f
     await asyncio.gather(task, return_exceptions=True)
     server.close()
     await server.wait_closed()
+
+
+async def test_an_operator_that_does_not_welcome_is_left(operator, token_file, monkeypatch):
+    monkeypatch.setattr(module, "DIAL_SECONDS", 0.3)
+
+    async def silent(socket):
+        pass
+
+    operator.script = silent
+    agent = Agent(operator.url, token_file)
+    task = asyncio.create_task(agent.session.run())
+    await operator.until(lambda: len(operator.sockets) == 2)
+    assert agent.events == []
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def test_redials_are_spread():

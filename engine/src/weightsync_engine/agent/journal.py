@@ -4,7 +4,6 @@ A torn last line is what a crash leaves: nothing rested on it yet, so it is drop
 be read means that something which was durable is lost, and the whole record counts as unknown.
 """
 
-import contextlib
 import json
 import os
 import zlib
@@ -55,9 +54,8 @@ class JournalFile:
             _write_all(self._file, line)
             os.fdatasync(self._file)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._length)
-                os.lseek(self._file, self._length, os.SEEK_SET)
+            # The next line goes over what is left of this one; a rest of it behind that is a torn last line.
+            os.lseek(self._file, self._length, os.SEEK_SET)
             raise
         self._journal, self._lines, self._length = journal, self._lines + 1, self._length + len(line)
 

@@ -102,5 +102,4 @@ class Runner:
             else:
                 if isinstance(effect, WriteJournal):
                     answers.append(JournalWritten(effect.entry))
-        # Before anything that came from outside: they are part of this step's work.
-        self._events.extendleft(reversed(answers))
+        self._events.extend(answers)
