@@ -99,6 +99,44 @@ async def test_an_agent_killed_in_a_transfer_costs_the_others_their_epoch_only(s
     await fleet.bring(published)
 
 
+async def test_a_trainers_agent_killed_while_it_sends_begins_again(slow_fleet):
+    fleet = slow_fleet
+    published = await fleet.publish(1, 1 << 20)
+    await fleet.group()
+    await fleet.check(published, list(fleet.agents))
+    await fleet.phase(published, Phase.TRANSFER, list(fleet.agents))
+    await receiving(fleet, "member-1", published)
+    await fleet.agents["trainer"].kill()
+    for name in fleet.members:
+        told = await fleet.operator.until(name, lambda told: told.transfer.failure, "told of it", 15)
+        assert told.transfer.failure.version == published.version
+    fleet.operator.pod("trainer").reports.clear()
+    await fleet.agents["trainer"].start()
+    await fleet.operator.until("trainer", lambda told: told.source.versions == (published,), "back", SECONDS)
+    await fleet.group()
+    await fleet.bring(published)
+
+
+@pytest.mark.parametrize("when", ["joined", "staged"])
+async def test_an_agent_killed_with_nothing_under_way_takes_part_again(fleet, when):
+    published = await fleet.publish(1)
+    await fleet.group()
+    await fleet.check(published, list(fleet.agents))
+    if when == "staged":
+        await fleet.phase(published, Phase.TRANSFER, list(fleet.agents))
+        await fleet.staged("member-1", published)
+        await fleet.commit(published, "member-2")
+        await fleet.serving("member-2", published)
+    await fleet.agents["member-1"].kill()
+    fleet.operator.pod("member-1").reports.clear()
+    await fleet.agents["member-1"].start()
+    told = await fleet.operator.until("member-1", lambda told: told.transfer.failure, "out of it", SECONDS)
+    assert told.transfer.version is None, "what was staged went with the agent"
+    assert told.serving.state is ServingState.INITIAL
+    await fleet.group(["member-1"])
+    await fleet.bring(published, ["member-1"])
+
+
 async def test_an_engine_that_restarts_in_a_transfer_gets_what_was_staged_meanwhile(slow_fleet):
     fleet = slow_fleet
     published = await fleet.publish(1, 1 << 20)
