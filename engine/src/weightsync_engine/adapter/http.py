@@ -213,8 +213,8 @@ class HttpEngine:
 
     async def _undo(self, statuses: list[WorkerStatus], world_size: int, trouble: str) -> None:
         """Make sure that what has not happened will not happen later. Always raises ApplyError."""
-        words = [f"rank {s.hello.rank}: {s.error}" for s in statuses if s.error]
-        message = "; ".join(words) or trouble or "no rank applied the version, and none says why"
+        words = [trouble, *(f"rank {s.hello.rank}: {s.error}" for s in statuses if s.error)]
+        message = "; ".join(filter(None, words)) or "no rank applied the version, and none says why"
         touched = [s for s in statuses if not s.clean]
         # A call that got no answer may still be waiting in the engine: without an image it comes to nothing.
         dropped = await self._drop(world_size)

@@ -49,8 +49,9 @@ class UpdateSession:
         self._state.checked(layout, problems)
 
     def start(self) -> None:
-        """Forget what an update that was not finished wanted."""
+        """Forget what the update before wanted, and why it failed."""
         self._wanted = None
+        self._state.refuse("")
 
     def receive(self, image: Image) -> None:
         """Name the image that the next finish applies."""

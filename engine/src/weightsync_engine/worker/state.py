@@ -83,6 +83,7 @@ class WorkerState:
             if nbytes != manifest.nbytes:
                 raise RefusedError(f"{nbytes} bytes, but the manifest's image has {manifest.nbytes}")
             self._attached = Attached(image, manifest, _map(fd, nbytes))
+            self._error = ""
 
     def drop(self) -> None:
         """Let go of what is attached. Refused while it is being applied."""
