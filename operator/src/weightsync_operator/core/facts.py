@@ -62,6 +62,12 @@ class State:
         current = self.status.current
         return VersionId(current.run, current.version) if current else None
 
+    def after(self, version: VersionId) -> bool:
+        """Whether the version comes after the current one. Asked of the state, which a pass moves on, and not of
+        the world that it began with: else a version that was just reached would be left for an older one."""
+        current = self.current
+        return current is None or version.run != current.run or version.version > current.version
+
     def remember(self, **changes: Any) -> Self:
         """With another memory."""
         return replace(self, memory=replace(self.memory, **changes))

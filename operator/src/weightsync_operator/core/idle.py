@@ -32,9 +32,9 @@ def failed_before(facts: Facts, state: State, version: VersionId) -> bool:
 def wanted(facts: Facts, state: State) -> VersionTarget | None:
     """A version that the fleet is to be brought to, and is not at."""
     latest = facts.source.latest
-    if latest is None or latest.version == state.current or failed_before(facts, state, latest.version):
+    if latest is None or not state.after(latest.version):
         return None
-    return target(latest)
+    return None if failed_before(facts, state, latest.version) else target(latest)
 
 
 def start_rollout(facts: Facts, state: State) -> State | None:

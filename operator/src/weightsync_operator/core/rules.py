@@ -50,7 +50,7 @@ def superseded(facts: Facts, state: State) -> State | None:
     round_, latest = state.round, facts.source.latest
     if round_ is None or latest is None or latest.version == round_.target.version:
         return None
-    if latest.version == state.current or failed_before(facts, state, latest.version):
+    if not state.after(latest.version) or failed_before(facts, state, latest.version):
         return None
     if not _open_to_change(facts, round_):
         return None

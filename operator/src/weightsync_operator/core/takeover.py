@@ -140,7 +140,7 @@ def _under_way(facts: Facts, state: State) -> VersionTarget | None:
     began: Counter[VersionId] = Counter()
     for member in facts.members.values():
         version = _in_hand(member)
-        if version is None or version in (state.current, failed) or not _later(state, version):
+        if version is None or version in (state.current, failed) or not state.after(version):
             continue
         switched = member.serving.version == version or member.applies(version)
         # One that began to switch outweighs all that have only received.
@@ -157,11 +157,6 @@ def _in_hand(member: Member) -> VersionId | None:
             return member.transfer.version
         return served
     return member.transfer.version if member.transfer.state in IN_HAND else None
-
-
-def _later(state: State, version: VersionId) -> bool:
-    current = state.current
-    return current is None or version.run != current.run or version.version > current.version
 
 
 def _target(facts: Facts, version: VersionId) -> VersionTarget | None:

@@ -327,6 +327,9 @@ def _obey(fleet: Fleet, agent: Agent, told: Desired) -> None:
         state = TransferState.JOINED if transfer.nonce else TransferState.IDLE
         agent.transfer = replace(transfer, state=state, version=None, digest="")
         return
+    if transfer.state is TransferState.SENT and told.wanted is None:
+        agent.transfer = replace(transfer, state=TransferState.JOINED, version=None)
+        return
     if told.wanted is not None and transfer.nonce:
         _move(fleet, agent, told)
 

@@ -149,6 +149,30 @@ def test_a_version_never_goes_back_within_a_run(synced: Any) -> None:
     assert synced.serving() == [5, 5]
 
 
+def test_a_member_that_is_ahead_is_not_taken_back(make: Any) -> None:
+    """Version 3 failed after half of the members had it, and its copy is gone; version 2 comes late."""
+    fleet = make(members=4)
+    fleet.publish(1)
+    fleet.run()
+    for member in fleet.members[:2]:
+        member.stuck.add("commit")
+    copies = fleet.trainer.source.versions
+    fleet.publish(3)
+    fleet.wait(70)
+    assert fleet.status.rollout.outcome is Outcome.FAILED
+    assert fleet.serving() == [1, 1, 3, 3]
+    hold(fleet, "", False)
+    fleet.trainer.source = replace(fleet.trainer.source, versions=copies)
+    fleet.publish(2)
+    asked = []
+    fleet.hook = lambda world, plan: asked.extend(
+        plan.desired[uid].commit for uid in ("uid-m2", "uid-m3") if uid in plan.desired
+    )
+    fleet.run()
+    assert set(asked) == {None}
+    assert fleet.serving()[:2] == [2, 2]
+
+
 def test_the_same_version_with_other_bytes(synced: Any) -> None:
     source = synced.trainer.source
     synced.trainer.source = replace(source, versions=(replace(source.versions[0], digest="d-other"),))
@@ -629,6 +653,15 @@ def test_engine_restarts_again_and_again_each_time_caught_up(synced: Any) -> Non
     assert epochs == [2, 3, 4]
 
 
+def test_an_engine_that_comes_back_with_other_ranks_means_a_new_epoch(synced: Any) -> None:
+    synced.members[0].ranks = 2
+    synced.publish(2)
+    synced.run()
+    assert synced.serving() == [2, 2]
+    assert synced.status.group.epoch == 2
+    assert synced.status.group.members[1:] == ("1:2:m0:uid-m0", "3:1:m1:uid-m1")
+
+
 def test_sidecar_restarts_with_an_engine_that_serves(synced: Any) -> None:
     synced.members[0].restart_agent()
     synced.run()
@@ -681,6 +714,20 @@ def test_initial_weights_serve_counts_only_while_no_version_exists(make: Any) ->
     fleet.join("m2")
     plan = fleet.decide()
     assert not plan.desired["uid-m2"].serve_initial
+
+
+def test_initial_weights_are_not_served_once_anything_is_published(make: Any) -> None:
+    fleet = make(spec={"initial_weights": InitialWeights.SERVE, "paused": True})
+    fleet.publish(1)
+    plan = fleet.run()
+    assert not plan.desired["uid-m0"].serve_initial
+
+
+def test_initial_weights_are_not_served_while_a_version_is_known_to_any_member(make: Any) -> None:
+    fleet = make(spec={"initial_weights": InitialWeights.SERVE})
+    fleet.members[1].serving = Serving(ServingState.UNREACHABLE, "boot-1", V1, "d-a-1")
+    plan = fleet.run()
+    assert not plan.desired["uid-m0"].serve_initial
 
 
 def test_initial_weights_are_never_served_again_though_the_status_was_lost(make: Any) -> None:

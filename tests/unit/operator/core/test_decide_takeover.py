@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from weightsync_contract.messages import ServingState, TransferState, VersionId
+from weightsync_contract.messages import ServingState, Transfer, TransferState, VersionId
 from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
 from weightsync_operator.core.memory import Memory
 from weightsync_operator.core.model import GroupStatus, Status
 
-V2 = VersionId("a", 2)
+V1, V2 = VersionId("a", 1), VersionId("a", 2)
 
 
 # ---------------------------------------------------------------------------- the term
@@ -241,23 +241,25 @@ def test_operator_dies_in_a_commit_and_the_next_one_goes_forward(synced: Any) ->
 
 
 def test_the_last_leaders_commit_that_is_heard_late_is_gone_forward_with(synced: Any) -> None:
+    """What was verified and is served is the fleet's version, though nobody else can have it any more."""
+    early, late = synced.members
+    versions = synced.trainer.source.versions
     synced.publish(2)
-    for member in synced.members:
-        member.stuck.add("commit")
-    synced.until(synced.step_is("Committing"))
+    late.stuck.add("transfer")
+    synced.until(lambda: early.transfer.state is TransferState.RECEIVING)
     synced.restart_operator()
-    synced.trainer.source = replace(synced.trainer.source, versions=synced.trainer.source.versions[:1])
-    late = synced.members[0]
-    word, late.transfer = late.told, replace(late.transfer, state=TransferState.JOINED, version=None)
-    synced.members[1].transfer = replace(synced.members[1].transfer, state=TransferState.JOINED, version=None)
-    synced.decide()
-    synced.decide()
-    assert synced.memory.round is None
-    late.serving = replace(late.serving, version=word.commit, digest=word.commit_digest)
-    synced.members[1].stuck.clear()
-    synced.publish(2)
+    synced.trainer.restart_agent()
+    synced.trainer.source = replace(synced.trainer.source, versions=versions)
+    for member in synced.members:
+        member.transfer = Transfer(checked="L1")
+        member.told = None
     synced.run()
-    assert synced.serving() == [2, 2]
+    assert synced.serving() == [1, 1]
+    assert synced.memory.allowed == (V1,)
+    early.serving = replace(early.serving, version=V2, digest="d-a-2")
+    synced.run()
+    assert synced.status.current.version == 2
+    assert early.serving.state is ServingState.SERVING
 
 
 def test_operator_and_trainer_die_in_a_commit(synced: Any) -> None:
