@@ -18,7 +18,7 @@ demo: setup ## a fleet on this machine: a trainer, inference processes, the oper
 	@$(BIN)/python -m weightsync_demo $(ARGS)
 
 test: setup ## all tests that need no GPU (ARGS="-k name")
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 unit: setup ## unit tests only
 	@$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -99,6 +99,8 @@ def judge(result: dict[str, Any], told: str) -> None:
     assert "in mid-transfer" in told
 
 
+@pytest.mark.usefixtures("binaries")
+@pytest.mark.timeout(900)
 def test_the_demo_with_the_reference_engine_and_kubectl_beside_it(tmp_path: Path) -> None:
     with demo("--engine", "reference", "--dir", str(tmp_path)) as running:
         kubeconfig = running.said(r"KUBECONFIG=(\S+)", 120)[1]
@@ -112,27 +114,29 @@ def test_the_demo_with_the_reference_engine_and_kubectl_beside_it(tmp_path: Path
             assert done.returncode == 0, f"kubectl {arguments}: {done.stderr}\n{running.told}"
             return done.stdout
 
-        running.said("serve version 1", 240)
+        running.said("serve version 1", 600)
         wait_for(lambda: "Synced" in run("get", "weightsync", "policy", "-o", "yaml"), 30, "reason Synced")
         row = run("get", "weightsync", "policy").splitlines()
         assert row[0].split() == ["NAME", "READY", "VERSION", "TARGET", "SYNCED", "REASON", "AGE"]
         described = run("describe", "weightsync", "policy")
         assert "Conditions" in described
         assert "Events" in described
-        judge(running.result(400), running.told)
+        judge(running.result(700), running.told)
     assert running.process.returncode == 0
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("binaries")
+@pytest.mark.timeout(1200)
 def test_the_demo_with_real_vllm() -> None:
     with demo() as running:
-        result = running.result(840)
+        result = running.result(1100)
         judge(result, running.told)
     assert result["engine"] == "vllm"
     assert running.process.returncode == 0
 
 
+@pytest.mark.usefixtures("binaries")
 def test_a_demo_that_is_told_to_end_leaves_no_process_behind(tmp_path: Path) -> None:
     with demo("--engine", "reference", "--dir", str(tmp_path)) as running:
         running.said("operator started", 180)

@@ -1,4 +1,4 @@
-"""A real Kubernetes API server for the tests in this folder.
+"""A real Kubernetes API server for the tests that ask for one.
 
 One server a test run, one namespace a test. No controller-manager runs: a deleted namespace stays Terminating
 and nothing follows an owner reference, so a test leaves its namespace behind and looks only into its own.
