@@ -137,13 +137,11 @@ class Channel:
         poll = select.poll()
         try:
             poll.register(self._socket, event)
-            while True:
-                remaining = deadline.remaining
+            while remaining := deadline.remaining:
                 if not poll.poll(None if remaining == math.inf else math.ceil(remaining * 1000)):
-                    raise TimeoutError(f"the other end did nothing for {deadline.seconds:.1f} s")
+                    break
                 with contextlib.suppress(BlockingIOError):
                     return act()
         except (OSError, ValueError) as error:
-            if isinstance(error, TimeoutError):
-                raise
             raise ChannelClosedError(f"the connection is gone: {error}") from error
+        raise TimeoutError(f"the other end was waited for {deadline.seconds:.1f} s")

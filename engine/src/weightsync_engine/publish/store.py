@@ -1,7 +1,9 @@
 """The trainer's agent's copies of published versions: files that only the agent has ever opened.
 
-A version is there once its description is: the image is complete and durable by then. Files survive a restart
-of the agent; what is half written at that moment is dropped.
+A version is there once its description is: the image is complete by then. Files survive a restart of the agent;
+what is half written at that moment is dropped. Only descriptions are flushed to the disk: a trainer does not wait
+for its weights to get there, and a copy that a crash of the machine has torn is found by its digest, which is
+taken again when a copy is opened for the first time after a restart.
 """
 
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from weightsync_contract import logs
-from weightsync_contract.codec import MalformedError, from_document, to_document
+from weightsync_contract.codec import from_document, to_document
 from weightsync_contract.manifest import Manifest, ManifestError
 from weightsync_contract.messages import Published, VersionId
 from weightsync_contract.reasons import PublishCode
@@ -25,8 +27,10 @@ log = logs.get(__name__)
 
 REMEMBERED: Final = 4096
 """Digests of a run that are kept beyond their copies, newest first: the same version with other bytes is found."""
+RETAINED: Final = 2
+"""How many versions are kept until the operator says it."""
 _RESERVE_BYTES: Final = 16 << 20
-_READ_BYTES: Final = 4 << 20
+_READ_BYTES: Final = 1 << 20
 
 
 class VersionNotRetainedError(Exception):
@@ -55,13 +59,15 @@ class VersionStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._completed = directory / "completed"
         self._lock = threading.RLock()
         self._entries: dict[VersionId, _Entry] = {}
         self._digests: dict[VersionId, str] = {}
         self._pinned: dict[VersionId, int] = {}
-        self._retained = 2
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._recover()
+        # Until it is said how many, none is dropped that an agent before this one kept.
+        self._retained = max(RETAINED, len(self._entries))
 
     def versions(self) -> tuple[Published, ...]:
         """What there is a copy of, in the order of publishing."""
@@ -72,6 +78,18 @@ class VersionStore:
         """The highest version ever published in a run, whether or not it is still there."""
         with self._lock:
             return max((v.version for v in self._digests if v.run == run), default=None)
+
+    @property
+    def completed(self) -> bool:
+        """Whether the trainer has said that it is done; outlives a restart."""
+        return self._completed.exists()
+
+    @completed.setter
+    def completed(self, done: bool) -> None:
+        if done:
+            self._completed.touch()
+        else:
+            self._completed.unlink(missing_ok=True)
 
     def digest_of(self, version: VersionId) -> str | None:
         """What a version of before hashed to."""
@@ -118,7 +136,11 @@ class VersionStore:
             self._evict()
 
     def begin(self, version: VersionId, manifest: Manifest) -> "Writing":
-        """Make room for a new copy. Raises ManifestError with NO_SPACE, and with numbers."""
+        """Make room for a new copy. Raises ManifestError with VERSION_NOT_GROWING, or NO_SPACE with numbers.
+
+        A version of before is let in: whether its bytes are those of before shows at the end.
+        """
+        self._check_grows(version)
         free = shutil.disk_usage(self._directory).free
         if free < manifest.nbytes + _RESERVE_BYTES:
             raise ManifestError(
@@ -129,20 +151,51 @@ class VersionStore:
         try:
             return Writing(self, version, manifest, self._directory / f".writing-{os.urandom(8).hex()}")
         except OSError as error:
-            raise ManifestError(PublishCode.NO_SPACE, f"no room for the copy: {error}") from error
+            raise ManifestError(
+                PublishCode.NO_SPACE,
+                f"no room for a copy of {manifest.nbytes:,} bytes in {self._directory}: {error}",
+            ) from error
+
+    def _check_grows(self, version: VersionId) -> None:
+        newest = self.newest(version.run)
+        if newest is not None and version.version <= newest and self.digest_of(version) is None:
+            raise ManifestError(
+                PublishCode.VERSION_NOT_GROWING,
+                f"{version}: the run is at version {newest} already: give a higher one, or a new run after a "
+                "restart from a checkpoint",
+            )
 
     def _accept(self, path: Path, published: Published, manifest: Manifest) -> None:
+        """Take a complete image in, or drop it when it changes nothing. Raises ManifestError."""
+        version = published.version
         with self._lock:
+            self._check_grows(version)
+            before = self._digests.get(version)
+            if before is not None and before != published.digest:
+                raise ManifestError(
+                    PublishCode.VERSION_CONFLICT,
+                    f"{version} was published before with other bytes ({before}, now {published.digest}): give "
+                    "changed weights a new version, or a new run after a restart from a checkpoint",
+                )
+            if before is not None and version != next(reversed(self._digests)):
+                # An old one again: it must not come to stand before what followed it.
+                return
+            if version in self._entries:
+                return
             order = max((entry.order for entry in self._entries.values()), default=0) + 1
-            path.rename(self._image(published.version))
+            path.rename(self._image(version))
             document = {
                 "published": to_document(published),
                 "order": order,
                 "tensors": manifest.encode().decode(),
             }
-            self._write(self._description(published.version), document)
-            self._entries[published.version] = _Entry(published, manifest, order, verified=True)
-            self._remember(published)
+            try:
+                self._write(self._description(version), document)
+                self._remember(published)
+            except OSError:
+                self._drop(version)
+                raise
+            self._entries[version] = _Entry(published, manifest, order, verified=True)
             self._evict()
 
     # ---------------------------------------------------------------------------------------- the directory
@@ -155,11 +208,15 @@ class VersionStore:
 
     def _write(self, path: Path, document: Any) -> None:
         new = path.with_name(f".writing-{path.name}")
-        with new.open("w") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        try:
+            with new.open("w") as file:
+                json.dump(document, file)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
@@ -167,12 +224,13 @@ class VersionStore:
             os.close(fd)
 
     def _remember(self, published: Published) -> None:
-        self._digests.pop(published.version, None)
-        self._digests[published.version] = published.digest
-        while len(self._digests) > REMEMBERED:
-            del self._digests[next(iter(self._digests))]
-        rows = [[v.run, v.version, digest] for v, digest in self._digests.items()]
-        self._write(self._directory / "digests", rows)
+        digests = {**self._digests, published.version: published.digest}
+        while len(digests) > REMEMBERED:
+            del digests[next(iter(digests))]
+        self._write(
+            self._directory / "digests", [[v.run, v.version, digest] for v, digest in digests.items()]
+        )
+        self._digests = digests
 
     def _recover(self) -> None:
         for path in self._directory.glob(".writing-*"):
@@ -188,7 +246,7 @@ class VersionStore:
                 manifest = Manifest.decode(document["tensors"])
                 whole = self._image(published.version).stat().st_size == manifest.nbytes
                 entry = _Entry(published, manifest, int(document["order"]), verified=False)
-            except (OSError, ValueError, KeyError, TypeError, MalformedError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("copy not readable, dropped", path=path, why=error)
                 path.unlink()
                 continue
@@ -252,7 +310,7 @@ class Writing:
             raise
 
     def write(self, data: memoryview) -> None:
-        """Take the next bytes of the flat image; the digest is of what was stored."""
+        """Take the next bytes of the flat image, which nobody may change meanwhile. Raises OSError."""
         self._digest.update(data)
         at = 0
         while at < len(data):
@@ -260,7 +318,11 @@ class Writing:
         self.written += len(data)
 
     def seal(self) -> Published:
-        """The copy is complete. Raises ManifestError with VERSION_CONFLICT when it has other bytes than before."""
+        """The copy is complete; what the store holds of the version now, or held when it is older than others.
+
+        Raises ManifestError with VERSION_CONFLICT when the version had other bytes before, and OSError; the copy
+        is dropped then.
+        """
         published = Published(
             self._version,
             self._manifest.layout,
@@ -268,22 +330,14 @@ class Writing:
             self._manifest.nbytes,
             len(self._manifest.tensors),
         )
-        before = self._store.digest_of(self._version)
-        if before is not None and before != published.digest:
+        try:
+            self._store._accept(self._path, published, self._manifest)
+        finally:
             self.abort()
-            raise ManifestError(
-                PublishCode.VERSION_CONFLICT,
-                f"{self._version} was published before with other bytes ({before}, now {published.digest}): give "
-                "changed weights a new version, or a new run after a restart from a checkpoint",
-            )
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        self._store._accept(self._path, published, self._manifest)
         return published
 
     def abort(self) -> None:
-        """Drop it; idempotent."""
+        """Drop what was not taken in; idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
