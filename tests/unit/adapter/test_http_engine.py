@@ -90,6 +90,7 @@ class FakeEngine:
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self.ended.set)
         self.boot = "boot-2"
+        self.script.clear()
         self.close_sockets()
 
     async def _answer(self, request: web.Request) -> web.Response:
@@ -438,7 +439,15 @@ async def test_restart_of_an_engine_that_does_not_end_is_no_restart(fake, engine
     monkeypatch.setattr(fake, "_end", lambda: None)
     for server in fake._servers:
         monkeypatch.setattr(server, "_end", lambda: None)
-    with pytest.raises(EngineUnreachableError, match="boot-1 still answer"):
+    with pytest.raises(EngineUnreachableError, match="boot-1 still answers: restart the container"):
+        await engine.restart("test")
+
+
+async def test_an_engine_that_was_stopped_is_not_taken_for_ended(fake, engine, monkeypatch):
+    monkeypatch.setattr(http_module, "RESTART_SECONDS", 0.5)
+    fake.close_sockets()
+    fake.script["/weightsync/v1/restart"] = fake.script["/weightsync/v1/status"] = "hang"
+    with pytest.raises(EngineUnreachableError, match="it listens and does not answer"):
         await engine.restart("test")
 
 

@@ -18,7 +18,7 @@ from weightsync_engine.adapter.engine import (
     ManifestRefusedError,
     Staged,
 )
-from weightsync_engine.adapter.routes import RouteError, Routes
+from weightsync_engine.adapter.routes import RouteError, Routes, SilentError
 from weightsync_engine.adapter.workers import RankRefusedError, Workers
 from weightsync_engine.worker.protocol import Image, Problem, WorkerStatus
 
@@ -149,6 +149,7 @@ class HttpEngine:
             world_size = await self._world_size()
             await self._attach(staged, image, world_size, until)
         except EngineUnreachableError as error:
+            # What some ranks hold by now is memory and no more: nobody tells them to apply it.
             raise ApplyError(True, f"nothing was applied: {error}") from error
         trouble = await self._update(image, in_flight, until)
         statuses = await self._statuses(world_size, trouble)
@@ -269,13 +270,24 @@ class HttpEngine:
             await self._routes.post(_GUARD_RESTART, 1.0)
         except EngineUnreachableError as error:
             log.info("not ended over HTTP", why=error)
-        while left := ending & await self._answering():
+        while (left := ending & await self._answering()) or await self._silent():
             if time.monotonic() > until:
+                said = f"boot {', '.join(left)} still answers" if left else "it listens and does not answer"
                 raise EngineUnreachableError(
-                    f"processes of boot {', '.join(left)} still answer: restart the container"
+                    f"the engine can't be ended from here, {said}: restart the container"
                 )
             await self._workers.everybody(lambda worker: worker.exit(reason), 1.0)
             await asyncio.sleep(0.05)
+
+    async def _silent(self) -> bool:
+        """Does anybody hold the port who does not answer? A process that was stopped looks like that."""
+        try:
+            await self._routes.get(_GUARD_STATUS, 1.0)
+        except SilentError:
+            return True
+        except EngineUnreachableError:
+            return False
+        return False
 
     async def _answering(self) -> set[str]:
         """Boots of which any process answers."""

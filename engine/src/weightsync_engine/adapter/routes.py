@@ -20,6 +20,10 @@ class RouteError(EngineUnreachableError):
         self.status = status
 
 
+class SilentError(EngineUnreachableError):
+    """Somebody took the call and did not answer in time."""
+
+
 class Routes:
     """Calls with the agent's token. Raises EngineUnreachableError when there is no answer in time."""
 
@@ -66,7 +70,7 @@ class Routes:
                 text = await response.text()
                 status = response.status
         except TimeoutError as error:
-            raise EngineUnreachableError(f"{method} {route}: no answer in {seconds:.1f} s") from error
+            raise SilentError(f"{method} {route}: no answer in {seconds:.1f} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnreachableError(f"{method} {route}: {error!r}") from error
         if status != 200:
