@@ -216,7 +216,7 @@ async def test_waiting_ends_at_its_deadline_without_an_error(agent: Agent) -> No
 
 async def test_an_agent_that_ends_while_somebody_waits_is_pending(agent: Agent) -> None:
     waiting = asyncio.create_task(
-        call(publish, {"x": torch.ones(1)}, 1, run="run", wait=True, timeout=20, socket=agent.socket)
+        call(publish, {"x": torch.ones(1)}, 1, run="run", wait=True, timeout=3, socket=agent.socket)
     )
     await call(wait_for, agent.store.versions, 10, "the copy")
     await agent.server.close()

@@ -1,15 +1,16 @@
 """What a trainer imports: ``publish(model.state_dict(), version)``.
 
-Standard library and the contract package only, whatever the trainer pins beside it. Tensors are torch tensors
-(on any device), numpy arrays, or anything with their attributes; they may be changed again once publish returns.
+Standard library and the contract package only, whatever the trainer pins beside it. Tensors are torch tensors (on
+any device) and numpy arrays; they may be changed again once publish returns. Every thread may call it; it waits no
+longer than it is told to and leaves no thread behind.
 """
 
 import ctypes
 import json
 import math
+import operator
 import os
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from weightsync_contract.manifest import DTYPE_BYTES, Manifest, ManifestError
 from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import PublishCode
 from weightsync_engine.publish.channel import ChannelClosedError, Deadline
-from weightsync_engine.publish.connection import Connection, publisher
+from weightsync_engine.publish.connection import Pieces, Progress, copy_over, process_token, wait_for
 from weightsync_engine.publish.protocol import (
     DEFAULT_DIRECTORY,
     SOCKET_NAME,
@@ -31,6 +32,7 @@ from weightsync_engine.publish.safetensors import read_file
 
 __all__ = [
     "AgentUnavailableError",
+    "PublishCode",
     "PublishError",
     "PublishOutcome",
     "PublishRefusedError",
@@ -42,13 +44,9 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
-Progress = Callable[[int, int], None]
-
 _BASE_SECONDS: Final = 60.0
 _BYTES_A_SECOND: Final = 50e6
 """Slowest copy that the default deadline allows for."""
-_RUN: Final = secrets.token_hex(8)
-_RUN_PID: Final = os.getpid()
 
 
 class PublishError(Exception):
@@ -64,11 +62,11 @@ class PublishRefusedError(PublishError):
 
 
 class PublishTimeoutError(PublishError):
-    """The agent did not take the version in time. It may be tried again."""
+    """The agent did not say in time that it has the version (it may). Trying again with the same bytes is right."""
 
 
 class AgentUnavailableError(PublishError):
-    """There is no agent at the socket, or it went away. It may be tried again."""
+    """There is no agent at the socket, or it went away. Trying again with the same bytes is right."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ class PublishResult:
 
 
 def default_run() -> str:
-    """This process's run: random, and another one in a process that was forked since."""
-    return _RUN if os.getpid() == _RUN_PID else f"{_RUN}-{os.getpid()}"
+    """This process's run: random, and another one in a process that was forked."""
+    return process_token()
 
 
 def publish(
@@ -104,14 +102,17 @@ def publish(
     fleet serves it, or it is known that it won't; at the deadline the outcome is PENDING. ``timeout``: seconds for
     all of it (default: 60, and one for each 50 MB). ``progress(bytes, total)`` is called while bytes are copied.
 
-    Raises PublishRefusedError, PublishTimeoutError, AgentUnavailableError; never waits longer than ``timeout``.
+    Raises PublishRefusedError, PublishTimeoutError, AgentUnavailableError (all PublishError: training can go on);
+    TypeError for what is no whole tensor of this process.
     """
-    pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    pairs = _pairs(tensors)
     names = tuple(name for name, _ in pairs)
     dtypes = tuple(_dtype(tensor) for _, tensor in pairs)
     shapes = tuple(tuple(int(size) for size in tensor.shape) for _, tensor in pairs)
     description = Description(names, dtypes, shapes)
-    return _publish(description, lambda i: _bytes(pairs[i][1]), version, run, wait, timeout, socket, progress)
+    return _publish(
+        description, lambda index: (_bytes(pairs[index][1]),), version, run, wait, timeout, socket, progress
+    )
 
 
 def publish_file(
@@ -134,7 +135,7 @@ def publish_file(
 
 def _publish(
     description: Description,
-    tensor: Callable[[int], memoryview],
+    pieces: Pieces,
     version: int,
     run: str | None,
     wait: bool,
@@ -142,8 +143,10 @@ def _publish(
     socket: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> PublishResult:
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout {timeout}: give seconds, more than 0")
     try:
-        identity = checked_version(default_run() if run is None else run, version)
+        identity = checked_version(default_run() if run is None else run, _whole(version))
         manifest = Manifest.from_lists(description.names, description.dtype_names, description.shapes)
     except ManifestError as error:
         raise PublishRefusedError(error.code, str(error)) from error
@@ -152,12 +155,7 @@ def _publish(
     seconds = _BASE_SECONDS + manifest.nbytes / _BYTES_A_SECOND if timeout is None else timeout
     deadline = Deadline(seconds)
     try:
-        with publisher(path, deadline) as connection:
-            digest = connection.publish(identity, manifest, data, tensor, deadline, progress)
-        if not wait:
-            return PublishResult(identity, digest, PublishOutcome.PUBLISHED)
-        outcome, reason, message = Connection.wait_for(path, identity, deadline)
-        return PublishResult(identity, digest, outcome, reason, message)
+        digest = copy_over(path, identity, manifest, data, pieces, deadline, progress)
     except ManifestError as error:
         raise PublishRefusedError(error.code, str(error)) from error
     except TimeoutError as error:
@@ -168,8 +166,13 @@ def _publish(
     except (ChannelClosedError, OSError, MalformedError) as error:
         raise AgentUnavailableError(
             f"no agent took {identity} at {path}: {error}. Check that the pod has the weightsync agent with "
-            "--role trainer, and that both containers mount the same directory (WEIGHTSYNC_DIR)"
+            "--role trainer, and that both containers mount the same directory (WEIGHTSYNC_DIR) and run as the "
+            "same user"
         ) from error
+    if not wait:
+        return PublishResult(identity, digest, PublishOutcome.PUBLISHED)
+    settled = wait_for(path, identity, deadline)
+    return PublishResult(identity, digest, settled.outcome, settled.reason, settled.message)
 
 
 def _socket_path(given: str | os.PathLike[str] | None) -> Path:
@@ -178,14 +181,54 @@ def _socket_path(given: str | os.PathLike[str] | None) -> Path:
     return Path(os.environ.get("WEIGHTSYNC_DIR") or DEFAULT_DIRECTORY) / SOCKET_NAME
 
 
+def _whole(version: Any) -> Any:
+    """Whole numbers of other libraries as Python's; anything else as it is, to be refused by name."""
+    if isinstance(version, bool):
+        return version
+    try:
+        return operator.index(version)
+    except TypeError:
+        return version
+
+
+def _pairs(tensors: Tensors) -> list[tuple[str, Any]]:
+    items = tensors.items() if isinstance(tensors, Mapping) else tensors
+    try:
+        pairs = [(name, tensor) for name, tensor in items]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"give a mapping or (name, tensor) pairs, state_dict() for example: {error}"
+        ) from error
+    for name, tensor in pairs:
+        _check(name, tensor)
+    return pairs
+
+
+def _check(name: object, tensor: Any) -> None:
+    """Raises TypeError for what has no elements at an address of this process's memory, or not all of them."""
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r:.80} is no name of a tensor: give text")
+    if not hasattr(tensor, "dtype") or not (hasattr(tensor, "data_ptr") or hasattr(tensor, "ctypes")):
+        raise TypeError(f"{name!r} is a {type(tensor).__name__}: give a torch tensor or a numpy array")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name!r} is sharded over processes: call full_tensor() on all of them, publish from one"
+        )
+    if hasattr(tensor, "data_ptr"):
+        if tensor.device.type == "meta":
+            raise TypeError(f"{name!r} is on the meta device: it has no bytes")
+        if str(tensor.layout) != "torch.strided":
+            raise TypeError(f"{name!r} has the layout {tensor.layout}: call to_dense()")
+
+
 def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def _bytes(tensor: Any) -> memoryview:
     """The elements of one tensor in C order, in host memory; a copy only where they are not there already."""
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach()
+    if hasattr(tensor, "data_ptr"):
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         if tensor.device.type != "cpu":
             tensor = tensor.cpu()
         tensor = tensor.contiguous()

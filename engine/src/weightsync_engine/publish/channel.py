@@ -14,6 +14,7 @@ from weightsync_contract.codec import MalformedError
 from weightsync_engine.publish.protocol import MAX_LINE_BYTES, FromAgent, FromClient, decode, encode
 
 _READ_BYTES: Final = 64 * 1024
+_POLL_SECONDS: Final = 3600.0
 
 
 class ChannelClosedError(ConnectionError):
@@ -138,8 +139,8 @@ class Channel:
         try:
             poll.register(self._socket, event)
             while remaining := deadline.remaining:
-                if not poll.poll(None if remaining == math.inf else math.ceil(remaining * 1000)):
-                    break
+                if not poll.poll(math.ceil(min(remaining, _POLL_SECONDS) * 1000)):
+                    continue
                 with contextlib.suppress(BlockingIOError):
                     return act()
         except (OSError, ValueError) as error:

@@ -2,12 +2,12 @@
 
 import json
 import math
-import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from weightsync_contract.manifest import DTYPE_BYTES, ManifestError
 from weightsync_contract.reasons import PublishCode
@@ -15,6 +15,7 @@ from weightsync_engine.publish.protocol import Description
 
 _LENGTH_BYTES: Final = 8
 _MAX_HEADER_BYTES: Final = 256 << 20
+_PIECE_BYTES: Final = 1 << 20
 _DTYPES: Final = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -33,58 +34,87 @@ _DTYPES: Final = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file: what is in it, in the order of the data, and the bytes of each tensor."""
+    """An open file: what is in it, in the order of the data, and the bytes of each tensor.
 
+    Read and not mapped: a file that is cut meanwhile would end the trainer (SIGBUS).
+    """
+
+    path: Path
+    file: BinaryIO
     description: Description
     spans: tuple[tuple[int, int], ...]
-    view: memoryview
+    """Where each tensor lies in the file, in bytes from its start."""
+    state: tuple[int, int]
 
-    def tensor(self, index: int) -> memoryview:
-        """The bytes of one tensor."""
-        start, end = self.spans[index]
-        return self.view[start:end]
+    def tensor(self, index: int) -> Iterator[memoryview]:
+        """The bytes of one tensor, each piece until the next. Raises ManifestError when the file has changed."""
+        at, end = self.spans[index]
+        buffer = memoryview(bytearray(min(end - at, _PIECE_BYTES)))
+        while at < end:
+            try:
+                count = os.preadv(self.file.fileno(), [buffer[: end - at]], at)
+            except OSError as error:
+                raise ManifestError(PublishCode.BAD_FILE, f"{self.path} can't be read: {error}") from error
+            if not count:
+                break
+            yield buffer[:count]
+            at += count
+        if at < end or _state(self.file) != self.state:
+            raise ManifestError(PublishCode.BAD_FILE, f"{self.path} was changed while it was published")
 
 
 @contextmanager
 def read_file(path: Path) -> Iterator[TensorFile]:
-    """Map a file. Raises ManifestError with BAD_FILE, naming what is wrong with it."""
+    """Open a file. Raises ManifestError with BAD_FILE, naming what is wrong with it."""
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size < _LENGTH_BYTES:
-                raise _bad(path, f"{size} bytes are no safetensors file")
-            # Never closed by hand: an error on its way up may still hold a view of it.
-            memory = memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ))
-            yield _parse(path, memory)
+        file = path.open("rb")
     except OSError as error:
-        raise _bad(path, str(error)) from error
+        raise ManifestError(PublishCode.BAD_FILE, f"{path} can't be read: {error}") from error
+    with file:
+        yield _parse(path, file)
 
 
-def _parse(path: Path, view: memoryview) -> TensorFile:
-    length = int.from_bytes(view[:_LENGTH_BYTES], "little")
-    if length > min(_MAX_HEADER_BYTES, len(view) - _LENGTH_BYTES):
-        raise _bad(path, f"its header is to have {length} bytes, but the file has {len(view)}")
+def _state(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _parse(path: Path, file: BinaryIO) -> TensorFile:
     try:
-        header = json.loads(bytes(view[_LENGTH_BYTES : _LENGTH_BYTES + length]))
+        state = _state(file)
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        start = _LENGTH_BYTES + length
+        if length > _MAX_HEADER_BYTES or start > state[0]:
+            raise _bad(path, f"its header is to have {length} bytes, but the file has {state[0]}")
+        header = json.loads(file.read(length), object_pairs_hook=_once)
+    except OSError as error:
+        raise ManifestError(PublishCode.BAD_FILE, f"{path} can't be read: {error}") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, ManifestError):
+            raise
         raise _bad(path, f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise _bad(path, "its header is no JSON object")
-    data = view[_LENGTH_BYTES + length :]
+    size = state[0] - start
     rows = sorted(
-        (_row(path, name, entry, len(data)) for name, entry in header.items() if name != "__metadata__"),
+        (_row(path, name, entry, size) for name, entry in header.items() if name != "__metadata__"),
         key=lambda row: row[3],
     )
     at = 0
-    for name, _, _, (start, end) in rows:
-        if start < at:
+    for name, _, _, (begin, end) in rows:
+        if begin < at:
             raise _bad(path, f"tensor {name!r} overlaps the one before it")
         at = end
-    return TensorFile(
-        Description(tuple(r[0] for r in rows), tuple(r[1] for r in rows), tuple(r[2] for r in rows)),
-        tuple(r[3] for r in rows),
-        data,
-    )
+    description = Description(tuple(r[0] for r in rows), tuple(r[1] for r in rows), tuple(r[2] for r in rows))
+    spans = tuple((start + begin, start + end) for *_, (begin, end) in rows)
+    return TensorFile(path, file, description, spans, state)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _row(path: Path, name: str, entry: Any, size: int) -> tuple[str, str, tuple[int, ...], tuple[int, int]]:
