@@ -41,8 +41,8 @@ lock: setup ## resolve requirements/*.in anew (ARGS="--upgrade-package kopf")
 apiserver: setup ## build the API server that the demo and the tests use, once
 	@$(BIN)/python -m weightsync_demo.kube $(ARGS)
 
-bench: setup ## the benchmarks (ARGS=...)
-	@$(BIN)/python -m pytest benchmarks $(ARGS)
+bench: setup ## one benchmark (NAME=host_path, orchestration or publish; ARGS="--write")
+	@$(BIN)/python benchmarks/$(or $(NAME),host_path).py $(ARGS)
 
 clean: ## remove .venv and what tools leave behind
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
