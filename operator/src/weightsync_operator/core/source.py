@@ -32,7 +32,7 @@ class SourceView:
     usable: bool
     """Its agent has a session: versions can be had from it."""
     latest: Published | None
-    """The newest version that the fleet may be brought to."""
+    """The newest version of the run that was published in last; not always a later one than the current."""
     reason: Reason
     message: str
     rivals: tuple[str, ...] = ()
@@ -138,7 +138,7 @@ def _describe(world: World, trainer: Trainer, rivals: tuple[str, ...]) -> Source
 
 
 def _latest(world: World, source: Source) -> tuple[Published | None, str]:
-    """The newest version of the run that was published in last, unless the fleet would go back with it."""
+    """The newest version of the run that was published in last, and what is wrong with it."""
     if not source.versions:
         return None, ""
     run = source.versions[-1].version.run
@@ -146,10 +146,8 @@ def _latest(world: World, source: Source) -> tuple[Published | None, str]:
         (each for each in source.versions if each.version.run == run), key=lambda each: each.version.version
     )
     current = world.status.current
-    if current is None or current.run != run or newest.version.version > current.version:
+    if current is None or (current.run, current.version) != (run, newest.version.version):
         return newest, ""
-    if newest.version.version < current.version:
-        return None, ""
     if newest.digest and current.digest and newest.digest != current.digest:
         message = (
             f"{newest.version} was published again with other bytes ({newest.digest}, not {current.digest}): "

@@ -280,6 +280,62 @@ def test_the_trainers_child_dies_and_the_transfer_is_made_again(four: Any) -> No
     assert not four.memory.exclusions
 
 
+def test_an_agent_that_restarts_while_all_join_is_not_waited_for(four: Any) -> None:
+    four.trainer.restart_agent()
+    four.members[0].stuck.add("join")
+    four.publish(2)
+    four.until(four.step_is("Joining"))
+    four.obey()
+    assert four.members[2].transfer.state is TransferState.JOINING
+    four.members[2].restart_agent()
+    four.members[0].stuck.clear()
+    now = four.now
+    four.run()
+    assert four.now == now
+    assert four.serving()[:2] == [2, 2]
+
+
+def test_a_member_that_is_out_of_the_group_without_a_word_breaks_it_at_once(four: Any) -> None:
+    transferring(four)
+    four.members[2].stuck.add("transfer")
+    four.members[2].transfer = Transfer(checked="L1")
+    four.run()
+    assert four.memory.exclusion("uid-m2").message == "m2: it is no longer in the group"
+    assert four.serving() == [2, 2, None, 2]
+
+
+def test_who_has_it_staged_is_done_with_the_epoch_whatever_happens_to_its_child(four: Any) -> None:
+    transferring(four)
+    epoch = four.memory.epoch.number
+    failure = Failure(FailureCode.CHILD_FAILED, "killed", epoch, V2)
+    four.members[2].transfer = Transfer(
+        TransferState.STAGED, version=V2, digest="d-a-2", checked="L1", failure=failure
+    )
+    kill_child(four, four.trainer)
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+    assert not four.events(Reason.EXCLUDED)
+    assert "uid-m2" not in " ".join(four.status.group.members)
+
+
+def test_who_was_left_out_and_is_back_does_not_hold_up_those_who_have_it(four: Any) -> None:
+    transferring(four)
+    back = four.members[2]
+    kill_child(four, back)
+    others = [member for member in four.members if member is not back]
+    four.until(lambda: all(member.transfer.state is TransferState.STAGED for member in others))
+    back.restart_agent()
+    for member in four.members:
+        member.stuck.add("commit")
+    four.decide()
+    assert four.memory.round.step.value == "Committing"
+    assert back.uid not in four.memory.round.committed
+    for member in four.members:
+        member.stuck.clear()
+    four.run()
+    assert four.serving() == [2, 2, 2, 2]
+
+
 def test_a_transfer_that_takes_too_long_for_one(four: Any) -> None:
     four.members[3].stuck.add("transfer")
     four.publish(2)
@@ -491,6 +547,20 @@ def test_a_failed_version_is_not_tried_again(four: Any) -> None:
     four.wait(7200)
     assert four.status.group.epoch == epoch
     assert four.serving() == [1, 1, 1, 1]
+
+
+def test_who_was_left_out_of_a_failed_version_counts_anew_for_the_next_one(make: Any) -> None:
+    fleet = make(members=4, spec={"max_unavailable": "0"})
+    fleet.publish(1)
+    fleet.run()
+    transferring(fleet)
+    kill_child(fleet, fleet.members[2])
+    fleet.run()
+    failed(fleet, Reason.TRANSFER_FAILED)
+    fleet.wait(10)
+    fleet.publish(3)
+    fleet.run()
+    assert fleet.serving() == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("change", ["version", "spec", "member comes", "member leaves"])
