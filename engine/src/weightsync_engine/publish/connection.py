@@ -58,6 +58,8 @@ class RefusedByAgentError(ManifestError):
 class Connection:
     """An open connection to an agent."""
 
+    _MAX_UNREAD: Final = 8
+
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
 
@@ -102,9 +104,23 @@ class Connection:
             return str(self.answer(Accepted, deadline).digest)
         except RefusedByAgentError:
             raise
+        except ChannelClosedError as error:
+            why = self._last_word() or str(error)
+            self.channel.close()
+            raise ChannelClosedError(why) from error
         except BaseException:
             self.channel.close()
             raise
+
+    def _last_word(self) -> str:
+        """Why the agent closed the connection, if it said so while this end was still sending."""
+        for _ in range(self._MAX_UNREAD):
+            # The first read may only tell of what the agent has not read.
+            with suppress(ChannelClosedError, TimeoutError, MalformedError):
+                message = self.channel.receive(Deadline(_RETRY_SECONDS))
+                if isinstance(message, (Broken, Refused)):
+                    return message.message
+        return ""
 
     def answer(self, kind: type[Any], deadline: Deadline) -> Any:
         """The next message, which has to be of that kind."""

@@ -48,7 +48,7 @@ from weightsync_engine.worker.sockets import short_name
 log = logs.get(__name__)
 
 SLOTS: Final = 4
-SLOT_BYTES: Final = 4 << 20
+SLOT_BYTES: Final = 1 << 20
 IDLE_SECONDS: Final = 30.0
 """A trainer that says nothing for so long in the middle of a publish has stalled."""
 ANSWER_SECONDS: Final = 10.0
