@@ -13,13 +13,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.version import __version__
 
 from weightsync_contract.manifest import Manifest
 from weightsync_engine.boot import boot_id
 from weightsync_engine.guard.middleware import DEFAULT_DIRECTORY, DIRECTORY
 from weightsync_engine.vllm.agreement import all_ranks
+from weightsync_engine.vllm.load import is_tied, load
 from weightsync_engine.vllm.preflight import check
 from weightsync_engine.worker.protocol import Hello, Problem
 from weightsync_engine.worker.server import WorkerServer
@@ -101,13 +101,7 @@ class WeightSyncBackend(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
         """The socket stays: it belongs to the worker's life, not to a trainer's connection."""
 
     def _check(self, manifest: Manifest) -> tuple[Problem, ...]:
-        tied = bool(getattr(self.model_config.hf_config, "tie_word_embeddings", False))
-        return check(self.model, Path(self.model_config.model), tied, manifest)
+        return check(self.model, Path(self.model_config.model), is_tied(self.model_config), manifest)
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights(tensors)
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type != "cpu":
-            # Copies from the image may still be under way, and it is let go of after this.
-            torch.accelerator.synchronize()
+        load(self.model, self.model_config, self.device, tensors)

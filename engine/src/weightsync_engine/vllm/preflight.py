@@ -9,6 +9,7 @@ import torch
 
 from weightsync_contract.manifest import Manifest
 from weightsync_engine.vllm.agreement import largest, smallest, total
+from weightsync_engine.vllm.load import OUTPUT
 from weightsync_engine.vllm.trace import Source, Target, Trace, trace
 from weightsync_engine.worker.problems import missing, unknown, wrong_dtype, wrong_shape
 from weightsync_engine.worker.protocol import Problem
@@ -16,8 +17,6 @@ from weightsync_engine.worker.tensors import dtype_of
 
 _IGNORED: Final = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Tensors of old checkpoints that vLLM computes itself."""
-
-_OUTPUT: Final = "lm_head.weight"
 
 _OPTIONAL: Final = ("k_scale", "v_scale", "q_scale", "prob_scale", "input_scale")
 """Parameters that checkpoints may leave out."""
@@ -29,9 +28,10 @@ def check(model: torch.nn.Module, checkpoint: Path, tied: bool, manifest: Manife
     """Every reason not to take ``manifest``. All ranks must call it at the same time with the same manifest.
 
     ``checkpoint`` is where the engine read its model from, for saying what shapes it wants; it need not hold any.
-    ``tied``: the output layer is the embedding, and a tensor for it is left aside.
+    ``tied``: the output layer is the embedding, and a tensor for it is left aside, as it is when loading.
     """
-    tensors = [(spec.name, dtype_of(spec.dtype), spec.shape) for spec in manifest.tensors]
+    specs = [spec for spec in manifest.tensors if not (tied and spec.name.endswith(OUTPUT))]
+    tensors = [(spec.name, dtype_of(spec.dtype), spec.shape) for spec in specs]
     found: Trace | None = None
     trouble = ""
     try:
@@ -47,10 +47,9 @@ def check(model: torch.nn.Module, checkpoint: Path, tied: bool, manifest: Manife
             ),
         )
     shapes = _checkpoint_shapes(checkpoint)
-    ignored = (*_IGNORED, _OUTPUT) if tied else _IGNORED
     problems: list[Problem] = []
     for source, (elements, first, end) in zip(found.sources, used, strict=True):
-        problems += _problems_of(source, elements, first, end, shapes, ignored)
+        problems += _problems_of(source, elements, first, end, shapes)
     problems += _casts(found)
     refused = {problem.tensor for problem in problems}
     problems += _uncovered(found.targets, refused, shapes, {name for name, _, _ in tensors})
@@ -72,7 +71,6 @@ def _problems_of(
     first: int,
     end: int,
     shapes: dict[str, tuple[int, ...]],
-    ignored: tuple[str, ...],
 ) -> list[Problem]:
     name, shape, size = source.name, tuple(source.tensor.shape), source.tensor.numel()
     wanted = shapes.get(name)
@@ -84,7 +82,7 @@ def _problems_of(
         return [wrong_shape(name, shape, wanted, "" if wanted else source.error)]
     if not elements:
         # No rank took any of it, and none objected.
-        known = wanted is not None or name.endswith(ignored) or not size
+        known = wanted is not None or name.endswith(_IGNORED) or not size
         return [] if known else [unknown(name)]
     if first > 0 or end < size or elements < size:
         return [wrong_shape(name, shape, wanted, "only a part of it would be used")]
