@@ -181,3 +181,81 @@ def test_an_aborted_copy_leaves_nothing(tmp_path: Path) -> None:
     writing.abort()
     assert kept(store) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_an_old_version_again_does_not_come_to_stand_before_what_followed_it(tmp_path: Path) -> None:
+    store = VersionStore(tmp_path)
+    for version in (1, 2, 3):
+        put(store, version)
+    assert put(store, 2) == next(each for each in store.versions() if each.version.version == 2)
+    first = put(store, 1)
+    assert first.digest == digest_image(MANIFEST.layout, image(1))
+    assert kept(store) == kept(VersionStore(tmp_path)) == ["run/2", "run/3"]
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_a_damaged_newest_version_is_taken_again(tmp_path: Path) -> None:
+    put(VersionStore(tmp_path), 1)
+    (tmp_path / "run@1.image").write_bytes(bytes(MANIFEST.nbytes))
+    store = VersionStore(tmp_path)
+    with pytest.raises(VersionNotRetainedError):
+        read(store, VersionId("run", 1))
+    put(store, 1)
+    assert read(store, VersionId("run", 1)) == image(1)
+
+
+def test_a_version_has_to_grow_and_that_outlives_a_restart(tmp_path: Path) -> None:
+    put(VersionStore(tmp_path), 5)
+    store = VersionStore(tmp_path)
+    with pytest.raises(ManifestError, match="at version 5 already") as refused:
+        store.begin(VersionId("run", 4), MANIFEST)
+    assert refused.value.code is PublishCode.VERSION_NOT_GROWING
+    put(store, 1, run="other")
+
+
+def test_a_version_does_not_overtake_another_that_ended_meanwhile(tmp_path: Path) -> None:
+    store = VersionStore(tmp_path)
+    slow = store.begin(VersionId("run", 1), MANIFEST)
+    slow.write(memoryview(image(1)))
+    put(store, 2)
+    with pytest.raises(ManifestError) as refused:
+        slow.seal()
+    assert refused.value.code is PublishCode.VERSION_NOT_GROWING
+    assert kept(store) == ["run/2"]
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_nothing_is_dropped_after_a_restart_before_it_is_said_how_many_to_keep(tmp_path: Path) -> None:
+    before = VersionStore(tmp_path)
+    before.set_retained(4)
+    for version in (1, 2, 3, 4):
+        put(before, version)
+    after = VersionStore(tmp_path)
+    assert read(after, VersionId("run", 1)) == image(1)
+    assert kept(after) == ["run/1", "run/2", "run/3", "run/4"]
+    after.set_retained(3)
+    assert kept(after) == ["run/2", "run/3", "run/4"]
+
+
+@pytest.mark.parametrize("failing", ["json", "digests"])
+def test_a_version_that_cannot_be_written_down_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    store = VersionStore(tmp_path)
+    put(store, 1)
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        # A fake: a disk that fails at this very moment.
+        if str(target).endswith(failing):
+            raise OSError("Input/output error")
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            put(store, 2)
+    assert kept(store) == kept(VersionStore(tmp_path)) == ["run/1"]
+    assert not list(tmp_path.glob("*run@2*")) and not list(tmp_path.glob(".writing-*"))
+    put(store, 2, seed=7)
+    assert kept(store) == ["run/1", "run/2"]
