@@ -399,3 +399,13 @@ def synced(make: type[Fleet]) -> Fleet:
     fleet.run()
     assert fleet.serving() == [1, 1]
     return fleet
+
+
+@pytest.fixture
+def four(make: Any) -> Any:
+    """Four members that serve version 1; one may be missing."""
+    fleet = make(members=4)
+    fleet.publish(1)
+    fleet.run()
+    fleet.notes.clear()
+    return fleet

@@ -4,32 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from decided_fleet import V2, failed, kill_child, transferring
 
-from weightsync_contract.messages import Failure, Transfer, TransferState, VersionId
+from weightsync_contract.messages import Failure, Transfer, TransferState
 from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
-
-V2 = VersionId("a", 2)
-
-
-def failed(fleet: Any, reason: Reason) -> None:
-    """The rollout of version 2 failed, and everybody who served version 1 still does."""
-    assert fleet.status.rollout.outcome is Outcome.FAILED
-    assert fleet.condition(Condition.PROGRESSING)[:2] == ("False", reason)
-    assert fleet.condition(Condition.READY)[:2] == ("False", Reason.DEGRADED)
-    assert fleet.status.current.version == 1
-    assert None not in fleet.serving()
-    assert len(fleet.events(reason)) == 1
-
-
-@pytest.fixture
-def four(make: Any) -> Any:
-    """Four members that serve version 1; one may be missing."""
-    fleet = make(members=4)
-    fleet.publish(1)
-    fleet.run()
-    fleet.notes.clear()
-    return fleet
-
 
 # ---------------------------------------------------------------------------- joining
 
@@ -158,23 +136,6 @@ def test_an_engine_that_does_not_answer_the_check_is_left_out(four: Any) -> None
 
 
 # ---------------------------------------------------------------------------- transferring
-
-
-def kill_child(fleet: Any, culprit: Any, others: FailureCode = FailureCode.PEER_LOST) -> None:
-    """The culprit's child dies; everybody else in the epoch notices."""
-    epoch = fleet.memory.epoch.number
-    for agent in (fleet.trainer, *fleet.members):
-        if agent.transfer.epoch != epoch or agent.transfer.state is TransferState.STAGED:
-            continue
-        code = FailureCode.CHILD_FAILED if agent is culprit else others
-        agent.transfer = Transfer(epoch=epoch, failure=Failure(code, "went away", epoch, V2))
-
-
-def transferring(fleet: Any) -> None:
-    fleet.members[0].stuck.add("transfer")
-    fleet.publish(2)
-    fleet.until(lambda: all(m.transfer.state is TransferState.RECEIVING for m in fleet.members))
-    fleet.members[0].stuck.clear()
 
 
 def test_a_child_that_dies_means_a_new_epoch_without_it_and_then_a_catch_up(four: Any) -> None:

@@ -5,32 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from decided_fleet import V2, failed, kill_child, transferring
 
-from weightsync_contract.messages import Failure, Serving, ServingState, TransferState, VersionId
+from weightsync_contract.messages import Failure, Serving, ServingState, TransferState
 from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
-
-V2 = VersionId("a", 2)
-
-
-def failed(fleet: Any, reason: Reason) -> None:
-    """The rollout of version 2 failed, and everybody who served version 1 still does."""
-    assert fleet.status.rollout.outcome is Outcome.FAILED
-    assert fleet.condition(Condition.PROGRESSING)[:2] == ("False", reason)
-    assert fleet.condition(Condition.READY)[:2] == ("False", Reason.DEGRADED)
-    assert fleet.status.current.version == 1
-    assert None not in fleet.serving()
-    assert len(fleet.events(reason)) == 1
-
-
-@pytest.fixture
-def four(make: Any) -> Any:
-    """Four members that serve version 1; one may be missing."""
-    fleet = make(members=4)
-    fleet.publish(1)
-    fleet.run()
-    fleet.notes.clear()
-    return fleet
-
 
 # ---------------------------------------------------------------------------- committing
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from decided_fleet import hold, receiving, staged
 
 from weightsync_contract.messages import (
     Failure,
@@ -15,19 +16,6 @@ from weightsync_contract.messages import (
 from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
 
 V1, V2, V3 = (VersionId("a", number) for number in (1, 2, 3))
-
-
-def staged(fleet: Any) -> bool:
-    return all(member.transfer.state is TransferState.STAGED for member in fleet.members)
-
-
-def receiving(fleet: Any) -> bool:
-    return all(member.transfer.state is TransferState.RECEIVING for member in fleet.members)
-
-
-def hold(fleet: Any, step: str, held: bool = True) -> None:
-    for member in fleet.members:
-        member.stuck = {step} if held else set()
 
 
 # ---------------------------------------------------------------------------- joins and versions

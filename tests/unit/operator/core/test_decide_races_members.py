@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from decided_fleet import hold, receiving
 
 from weightsync_contract.messages import (
     ObjectRef,
@@ -16,19 +17,6 @@ from weightsync_contract.reasons import Condition, Outcome, Reason
 from weightsync_operator.core.model import InitialWeights
 
 V1, V2, V3 = (VersionId("a", number) for number in (1, 2, 3))
-
-
-def staged(fleet: Any) -> bool:
-    return all(member.transfer.state is TransferState.STAGED for member in fleet.members)
-
-
-def receiving(fleet: Any) -> bool:
-    return all(member.transfer.state is TransferState.RECEIVING for member in fleet.members)
-
-
-def hold(fleet: Any, step: str, held: bool = True) -> None:
-    for member in fleet.members:
-        member.stuck = {step} if held else set()
 
 
 # ---------------------------------------------------------------------------- who is a member
