@@ -5,6 +5,7 @@ more); a field without a default must be there.
 """
 
 import json
+import math
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
@@ -75,13 +76,23 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         except ValueError:
             allowed = ", ".join(str(member.value) for member in kind)
             raise MalformedError(f"{path}: {value!r:.80} is none of {allowed}") from None
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        return _finite(value, path)
     if kind in (str, int, float, bool):
         if type(value) is not kind:
             raise MalformedError(f"{path}: expected {kind.__name__}, got {type(value).__name__}")
         return value
     raise TypeError(f"{path}: the codec does not know {kind!r}")
+
+
+def _finite(value: float, path: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise MalformedError(f"{path}: expected a finite number")
+    return number
 
 
 def _optional(kind: Any, value: Any, path: str) -> Any:

@@ -48,7 +48,8 @@ def decode_from_operator(text: str) -> FromOperator:
 
 
 def _decode(table: dict[str, Any], text: str) -> Any:
-    if len(text.encode()) > MAX_FRAME_BYTES:
+    # A lone surrogate is no text: it is counted here and refused by whoever reads the message.
+    if len(text.encode(errors="surrogatepass")) > MAX_FRAME_BYTES:
         raise OversizedError(f"$: {len(text)} bytes, more than {MAX_FRAME_BYTES}")
     try:
         document = json.loads(text)

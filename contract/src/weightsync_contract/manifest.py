@@ -29,6 +29,9 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 
 MAX_TENSORS: Final = 1_000_000
 MAX_NAME_BYTES: Final = 1024
+MAX_DIMENSIONS: Final = 64
+MAX_BYTES: Final = 1 << 50
+"""More than any machine holds, and little enough for every number that is computed of it."""
 
 
 class ManifestError(ValueError):
@@ -100,7 +103,7 @@ class Manifest:
         """Parse what ``encode`` wrote. Raises ManifestError, naming the row, for anything else."""
         try:
             rows = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(PublishCode.MALFORMED, f"the manifest is no JSON: {error}") from error
         if not isinstance(rows, list):
             raise ManifestError(PublishCode.MALFORMED, "the manifest is no list of [name, dtype, shape]")
@@ -118,7 +121,16 @@ class Manifest:
                     f"{label} has {len(other)} entries but names has {len(names)}: give one for each tensor",
                 )
         rows = zip(names, dtype_names, shapes, strict=True)
-        return cls(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in rows))
+        return cls(tuple(TensorSpec(name, dtype, _sizes(name, shape)) for name, dtype, shape in rows))
+
+
+def _sizes(name: str, shape: Any) -> tuple[int, ...]:
+    try:
+        return tuple(shape)
+    except TypeError:
+        raise ManifestError(
+            PublishCode.BAD_SHAPE, f"tensor {name!r:.80} has shape {shape!r:.80}: give a list of sizes"
+        ) from None
 
 
 def _row(number: int, row: Any) -> TensorSpec:
@@ -137,7 +149,10 @@ def _check(tensors: tuple[TensorSpec, ...]) -> None:
             f"{len(tensors)} tensors: more than {MAX_TENSORS} can't be published at once",
         )
     seen: set[str] = set()
+    total = 0
     for tensor in tensors:
+        if type(tensor.name) is not str:
+            raise ManifestError(PublishCode.BAD_NAME, f"tensor name {tensor.name!r:.80} is no text")
         if not (tensor.name.isprintable() and 0 < len(tensor.name.encode()) <= MAX_NAME_BYTES):
             raise ManifestError(
                 PublishCode.BAD_NAME,
@@ -146,14 +161,21 @@ def _check(tensors: tuple[TensorSpec, ...]) -> None:
         if tensor.name in seen:
             raise ManifestError(PublishCode.DUPLICATE_NAME, f"tensor {tensor.name!r} is there twice")
         seen.add(tensor.name)
-        if tensor.dtype not in DTYPE_BYTES:
+        if type(tensor.dtype) is not str or tensor.dtype not in DTYPE_BYTES:
             known = ", ".join(DTYPE_BYTES)
             raise ManifestError(
                 PublishCode.UNKNOWN_DTYPE,
-                f"tensor {tensor.name!r} has dtype {tensor.dtype!r}: publish it as one of {known}",
+                f"tensor {tensor.name!r} has dtype {tensor.dtype!r:.80}: publish it as one of {known}",
             )
-        if not all(type(size) is int and size >= 0 for size in tensor.shape):
+        sizes = tensor.shape
+        if len(sizes) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in sizes):
             raise ManifestError(
                 PublishCode.BAD_SHAPE,
-                f"tensor {tensor.name!r} has shape {list(tensor.shape)}: sizes are whole numbers from 0",
+                f"tensor {tensor.name!r} has shape {list(sizes)!r:.200}: sizes are whole numbers from 0, "
+                f"{MAX_DIMENSIONS} of them at most",
+            )
+        total += tensor.nbytes
+        if total > MAX_BYTES:
+            raise ManifestError(
+                PublishCode.TOO_LARGE, f"with tensor {tensor.name!r} the version exceeds {MAX_BYTES:,} bytes"
             )
