@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
+from modelled_engine import INITIAL, MIXED, Engine
 
 from weightsync_contract.messages import (
     Desired,
@@ -29,26 +30,8 @@ from weightsync_engine.agent.core import observed, start, step, wake_at
 from weightsync_engine.agent.core.journal import Journal
 from weightsync_engine.permit import Mode, Permit
 
-INITIAL, MIXED = "initial", "mixed"
 VERSIONS = tuple(VersionId("run", number) for number in range(1, 5))
 LAYOUTS = {version: f"layout-{version.version // 3}" for version in VERSIONS}
-
-
-@dataclass
-class Engine:
-    boot: int = 1
-    alive: bool = True
-    reachable: bool = True
-    weights: object = INITIAL
-    paused: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"b{self.boot}"
-
-    def restart(self) -> None:
-        self.boot += 1
-        self.alive, self.weights, self.paused = True, INITIAL, False
 
 
 @dataclass
