@@ -17,12 +17,7 @@ from engine_server import PROMPT, EngineServer, Stream, need_vllm
 from staged_images import flat_image, manifest_of, memory, staged
 
 from weightsync_contract.messages import Capability, InFlight
-from weightsync_engine.adapter import (
-    ApplyError,
-    EngineUnreachableError,
-    HttpEngine,
-    ManifestRefusedError,
-)
+from weightsync_engine.adapter import ApplyError, EngineUnreachableError, HttpEngine, ManifestRefusedError
 from weightsync_engine.permit import Mode
 from weightsync_engine.reference.model_files import TINY, random_weights, write_checkpoint
 from weightsync_engine.worker.client import WorkerRefusedError
