@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from weightsync_contract.manifest import Manifest
 from weightsync_contract.messages import Fleet, VersionId
 from weightsync_contract.reasons import PublishCode
 from weightsync_demo.waiting import wait_for
@@ -302,10 +303,18 @@ async def test_waiting_for_a_version_that_the_agent_has_lost_ends_at_once(
     assert (answer["outcome"], answer["reason"]) == ("failed", "VersionNotRetained")
 
 
+@pytest.mark.parametrize("there_is_one", [True, False], ids=["another publishes", "nobody publishes"])
 async def test_a_refused_first_publish_makes_nobody_the_publisher(
-    server: PublishServer, tmp_path: Path
+    server: PublishServer, tmp_path: Path, there_is_one: bool
 ) -> None:
-    await call(publish, {"x": torch.ones(1)}, 5, run="run", socket=tmp_path / "publish.sock")
+    if there_is_one:
+        await call(publish, {"x": torch.ones(1)}, 5, run="run", socket=tmp_path / "publish.sock")
+    else:
+        # As an agent before this one left it.
+        manifest = Manifest.from_lists(["x"], ["float32"], [[1]])
+        before = server._store.begin(VersionId("run", 5), manifest)
+        before.write(memoryview(bytes(manifest.nbytes)))
+        before.seal()
     code = """
         import sys, torch
         from weightsync_engine import client
@@ -318,7 +327,9 @@ async def test_a_refused_first_publish_makes_nobody_the_publisher(
     """
     with running(code, tmp_path / "publish.sock") as process:
         assert process.stdout is not None
-        assert await call(process.stdout.readline) == "AnotherPublisher\n"
+        refused = await call(process.stdout.readline)
+        assert refused == ("AnotherPublisher\n" if there_is_one else "VersionNotGrowing\n")
+        assert server.source().connected is there_is_one
         # The one that was refused stays connected, and is not in the way.
         await call(publish, {"x": torch.ones(1)}, 6, run="run", socket=tmp_path / "publish.sock")
 
