@@ -133,6 +133,7 @@ class Children:
             transport.mode,
             listing,
             order.verify,
+            str(wanted.version),
         )
         child.tell(command, self._staging.fd(order.slot))
 
@@ -194,6 +195,7 @@ class Children:
             self._limit_rate,
             transport.mode,
             listing,
+            str(wanted.version),
         )
         child.tell(command, stored.fd)
 

@@ -25,17 +25,24 @@ from weightsync_contract.manifest import Manifest
 from weightsync_contract.messages import Mode
 from weightsync_contract.reasons import FailureCode
 from weightsync_engine.digest import ImageDigest
-from weightsync_engine.transfer import protocol
-from weightsync_engine.transfer.communicator import Communicator, RendezvousError, TransportError
-from weightsync_engine.transfer.flat import PIECE_BYTES, Limit, broadcast_image, spans, tensor_spans
+from weightsync_engine.transfer import protocol, staging
+from weightsync_engine.transfer.announce import Announcement, announce, announced
+from weightsync_engine.transfer.communicator import (
+    Communicator,
+    RendezvousError,
+    RendezvousTimeoutError,
+    TransportError,
+    TransportTimeoutError,
+)
+from weightsync_engine.transfer.flat import Limit, Span, broadcast_image, piece_bytes, spans, tensor_spans
 from weightsync_engine.transfer.gloo import GlooCommunicator, Rendezvous
 
 PROGRESS_SECONDS: Final = 0.2
 _READ_BYTES: Final = 1 << 20
 _PR_SET_PDEATHSIG: Final = 1
-# Page tables are filled at once: fault by fault they would cost more than the bytes.
-_MAPPED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE
 _MAX_MANIFEST_BYTES: Final = 512 << 20
+_GRACE_SECONDS: Final = 0.5
+"""Who waits ends in time by itself and says for what; the timer is there for calls that hang."""
 
 
 class Child:
@@ -46,6 +53,7 @@ class Child:
         self._lock = threading.Lock()
         self._group: Communicator | None = None
         self._moved = 0
+        self._prepared: staging.Staging | None = None
 
     def run(self) -> NoReturn:
         """Do what is told until the parent is gone."""
@@ -92,7 +100,8 @@ class Child:
     def _deadline(self, command: protocol.Command) -> Iterator[None]:
         name, seconds = type(command).__name__, command.seconds
         code = protocol.TIMEOUTS[type(command)]
-        timer = threading.Timer(seconds, self._fail, (code, f"{name} was not done within {seconds:.1f} s"))
+        message = f"{name} was not done within {seconds:.1f} s"
+        timer = threading.Timer(seconds + _GRACE_SECONDS, self._fail, (code, message))
         timer.daemon = True
         timer.start()
         try:
@@ -118,11 +127,9 @@ class Child:
             case protocol.SendManifest():
                 self._send_manifest(command)
             case protocol.ReceiveManifest():
-                self._receive_manifest()
+                self._receive_manifest(command)
             case protocol.Prepare() if fd is not None:
-                # Pages that are had here cost nothing in the transfer, and too few of them show before it.
-                os.posix_fallocate(fd, 0, command.nbytes)
-                self.say(protocol.Prepared())
+                self._prepare(command, fd)
             case protocol.Send() if fd is not None:
                 self._send(command, fd)
             case protocol.Receive() if fd is not None:
@@ -145,73 +152,94 @@ class Child:
 
     def _send_manifest(self, command: protocol.SendManifest) -> None:
         data = zlib.compress(command.data.encode())
-        self._joined.broadcast(torch.tensor([len(data)], dtype=torch.int64))
-        self._joined.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        announce(self._joined, Announcement("manifest", len(data), layout=command.layout), command.seconds)
+        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._joined.broadcast(packed, 0, command.seconds)
         self.say(protocol.ManifestSent())
 
-    def _receive_manifest(self) -> None:
-        length = torch.zeros(1, dtype=torch.int64)
-        self._joined.broadcast(length)
-        if not 0 < int(length) <= _MAX_MANIFEST_BYTES:
-            raise TransportError(f"rank 0 announced a manifest of {int(length)} bytes")
-        data = torch.zeros(int(length), dtype=torch.uint8)
-        self._joined.broadcast(data)
-        unpacked = zlib.decompressobj()
-        text = unpacked.decompress(data.numpy().tobytes(), _MAX_MANIFEST_BYTES)
+    def _receive_manifest(self, command: protocol.ReceiveManifest) -> None:
+        length = announced(self._joined, Announcement("manifest", 0), command.seconds).nbytes
+        if not 0 < length <= _MAX_MANIFEST_BYTES:
+            raise TransportError(f"rank 0 announced a manifest of {length} bytes")
+        data = torch.zeros(length, dtype=torch.uint8)
+        self._joined.broadcast(data, 0, command.seconds)
+        text = zlib.decompressobj().decompress(data.numpy().tobytes(), _MAX_MANIFEST_BYTES)
         manifest = Manifest.decode(text)
         self.say(protocol.ManifestReceived(manifest.layout, text.decode()))
 
+    def _prepare(self, command: protocol.Prepare, fd: int) -> None:
+        self._forget()
+        self._prepared = staging.Staging(fd, command.nbytes)
+        self._prepared.prepare()
+        self.say(protocol.Prepared())
+
+    def _forget(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared:
+            prepared.close()
+
+    def _staging(self, command: protocol.Receive, fd: int) -> staging.Staging:
+        """What was prepared, if it is this file."""
+        prepared, self._prepared = self._prepared, None
+        if prepared and prepared.key == staging.key(fd, command.nbytes):
+            return prepared
+        if prepared:
+            prepared.close()
+        return staging.Staging(fd, command.nbytes)
+
     def _send(self, command: protocol.Send, fd: int) -> None:
-        with mmap.mmap(fd, command.nbytes, _MAPPED, mmap.PROT_READ) as memory, warnings.catch_warnings():
+        deadline = time.monotonic() + command.seconds
+        longest = piece_bytes(command.buffer_bytes, command.limit_rate)
+        announce(self._joined, _announcement(command, longest), command.seconds)
+        # Not closed after a failure: gloo's threads may still read it, and the process ends.
+        memory = mmap.mmap(fd, command.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        with warnings.catch_warnings():
             # torch warns that the memory is read-only; so it is meant.
             warnings.simplefilter("ignore", UserWarning)
             image = torch.frombuffer(memory, dtype=torch.uint8)
-            self._move(command, image, lambda start, end: None, Limit(command.limit_rate))
-            del image
+        limit = Limit(command.limit_rate)
+        pieces = _pieces(command, longest)
+        self._move(command, image, pieces, deadline, lambda start, _: limit.after(start), lambda *_: None)
+        del image
+        memory.close()
         self.say(protocol.Sent())
 
     def _receive(self, command: protocol.Receive, fd: int) -> None:
+        deadline = time.monotonic() + command.seconds
+        longest = announced(self._joined, _announcement(command, 0), command.seconds).piece_bytes
+        if longest < 1:
+            raise TransportError(f"rank 0 announced pieces of {longest} bytes")
         digest = ImageDigest(command.layout)
-        with mmap.mmap(fd, command.nbytes, _MAPPED) as memory:
-            image = torch.frombuffer(memory, dtype=torch.uint8)
-            with memoryview(memory) as view:
+        target = self._staging(command, fd)
+        image = torch.frombuffer(target.memory, dtype=torch.uint8)
+        with memoryview(target.memory) as view:
 
-                def take(start: int, end: int) -> None:
-                    if command.verify:
-                        digest.update(view[start:end])
+            def take(start: int, end: int) -> None:
+                if command.verify:
+                    digest.update(view[start:end])
 
-                self._move(command, image, take, Limit(0))
-            del image
+            self._move(command, image, _pieces(command, longest), deadline, target.need, take)
+        del image
         # No mapping of it is left: the parent can seal it.
+        target.close()
         self.say(protocol.Received(digest.value() if command.verify else ""))
 
     def _move(
         self,
         command: protocol.Send | protocol.Receive,
         image: torch.Tensor,
-        take: Callable[[int, int], None],
-        limit: Limit,
+        pieces: Iterator[Span],
+        deadline: float,
+        before: Callable[[int, int], None],
+        done: Callable[[int, int], None],
     ) -> None:
-        if command.mode is Mode.PER_TENSOR:
-            pieces = tensor_spans(Manifest.decode(command.manifest))
-        else:
-            pieces = spans(command.nbytes, min(command.buffer_bytes, PIECE_BYTES))
-
-        def done(start: int, end: int) -> None:
-            take(start, end)
+        def landed(start: int, end: int) -> None:
+            done(start, end)
             self._moved = end
 
         self._moved = 0
         with self._telling_progress():
-            broadcast_image(
-                self._joined,
-                image,
-                pieces,
-                command.num_buffers,
-                time.monotonic() + command.seconds,
-                done,
-                limit,
-            )
+            broadcast_image(self._joined, image, pieces, command.num_buffers, deadline, before, landed)
 
     @contextmanager
     def _telling_progress(self) -> Iterator[None]:
@@ -230,8 +258,22 @@ class Child:
             thread.join()
 
 
+def _announcement(command: protocol.Send | protocol.Receive, longest: int) -> Announcement:
+    return Announcement("image", command.nbytes, longest, command.layout, command.version, command.mode.value)
+
+
+def _pieces(command: protocol.Send | protocol.Receive, longest: int) -> Iterator[Span]:
+    if command.mode is Mode.PER_TENSOR:
+        return tensor_spans(Manifest.decode(command.manifest))
+    return spans(command.nbytes, longest)
+
+
 def _code(command: protocol.Command, error: Exception) -> FailureCode:
-    if isinstance(command, protocol.Prepare):
+    if isinstance(error, (TransportTimeoutError, RendezvousTimeoutError)):
+        return protocol.TIMEOUTS[type(command)]
+    if isinstance(command, protocol.Prepare) or (
+        isinstance(command, protocol.Receive) and isinstance(error, OSError)
+    ):
         return FailureCode.STAGING_FAILED
     if isinstance(error, TransportError):
         return FailureCode.PEER_LOST

@@ -9,7 +9,7 @@ class Work(Protocol):
     """A broadcast under way."""
 
     def wait(self, seconds: float) -> None:
-        """Return once it is done here. Raises TransportError, also when ``seconds`` are over."""
+        """Return once it is done here. Raises TransportError, TransportTimeoutError after ``seconds``."""
 
 
 class Communicator(Protocol):
@@ -18,10 +18,13 @@ class Communicator(Protocol):
     rank: int
     world_size: int
 
-    def broadcast_async(self, tensor: Tensor, src: int = 0) -> Work:
-        """Begin to bring ``tensor`` (contiguous, the same bytes on all ranks) from ``src`` to everybody."""
+    def broadcast_async(self, tensor: Tensor, src: int, seconds: float) -> Work:
+        """Begin to bring ``tensor`` (contiguous, equally long on all ranks) from ``src`` to everybody.
 
-    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        The memory is the broadcast's until it is done. One that takes longer than ``seconds`` ends the group.
+        """
+
+    def broadcast(self, tensor: Tensor, src: int, seconds: float) -> None:
         """The same, and wait for it."""
 
     def close(self) -> None:
@@ -32,8 +35,16 @@ class TransportError(RuntimeError):
     """The group can't go on: a rank is gone, or was too slow. It is never used again."""
 
 
+class TransportTimeoutError(TransportError):
+    """A broadcast was not done in its time, and no rank is known to be gone."""
+
+
 class RendezvousError(RuntimeError):
     """The group did not come about."""
+
+
+class RendezvousTimeoutError(RendezvousError):
+    """Not all ranks came in time; the message names those that rank 0 has not seen."""
 
 
 class UnsupportedError(ValueError):

@@ -18,6 +18,7 @@ from weightsync_engine.transfer.packing import (
     Described,
     Load,
     Named,
+    as_bytes,
     receive_packed,
     send_packed,
 )
@@ -120,7 +121,7 @@ class WeightTransferEngine:
         for each in update_info.described():
             tensor = torch.empty(each.shape, dtype=each.dtype)
             if tensor.numel():
-                self.group.broadcast_async(tensor.view(-1).view(torch.uint8), 0).wait(self._seconds)
+                self.group.broadcast(tensor.view(-1).view(torch.uint8), 0, self._seconds)
             load_weights([(each.name, tensor)])
             # Freed before the next one comes.
             del tensor
@@ -159,9 +160,7 @@ class WeightTransferEngine:
             return
         for tensor in tensors:
             if tensor.numel():
-                group.broadcast_async(tensor.detach().contiguous().view(-1).view(torch.uint8), src).wait(
-                    seconds
-                )
+                group.broadcast(as_bytes(tensor), src, seconds)
 
 
 def _open(info: InitInfo, rank: int) -> Communicator:

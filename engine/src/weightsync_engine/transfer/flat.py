@@ -12,8 +12,19 @@ from weightsync_engine.transfer.communicator import Communicator, Work
 
 PIECE_BYTES: Final = 4 << 20
 """Longest single broadcast: what came is hashed while it is still in the cache, and the next one moves."""
+LEAST_PIECE_BYTES: Final = 64 << 10
+LIMITED_PIECE_SECONDS: Final = 0.2
+"""Under a limit a piece is so short that progress shows as often as it is told."""
 
 Span = tuple[int, int]
+
+
+def piece_bytes(buffer_bytes: int, limit_rate: int) -> int:
+    """How long rank 0's pieces are. ``limit_rate`` is in bytes a second, 0 for none."""
+    longest = min(buffer_bytes, PIECE_BYTES)
+    if limit_rate:
+        longest = min(longest, max(int(limit_rate * LIMITED_PIECE_SECONDS), LEAST_PIECE_BYTES))
+    return longest
 
 
 def spans(nbytes: int, longest: int) -> Iterator[Span]:
@@ -50,12 +61,13 @@ def broadcast_image(
     pieces: Iterator[Span],
     in_flight: int,
     deadline: float,
+    before: Callable[[int, int], None],
     done: Callable[[int, int], None],
-    limit: Limit,
 ) -> None:
     """Broadcast ``image`` (uint8, one dimension) from rank 0, ``in_flight`` pieces at a time.
 
-    ``done(start, end)`` is called for each piece, in order, when it is complete here. Raises TransportError.
+    For each piece, in order, ``before(start, end)`` is called before its memory is touched, and ``done(start,
+    end)`` when it is complete here. ``deadline`` is on the monotonic clock. Raises TransportError.
     """
     flying: deque[tuple[Work, Span]] = deque()
 
@@ -67,7 +79,8 @@ def broadcast_image(
     for start, end in pieces:
         if len(flying) == in_flight:
             land()
-        limit.after(start)
-        flying.append((group.broadcast_async(image[start:end]), (start, end)))
+        before(start, end)
+        work = group.broadcast_async(image[start:end], 0, deadline - time.monotonic())
+        flying.append((work, (start, end)))
     while flying:
         land()

@@ -6,6 +6,7 @@ contract test holds them.
 
 import contextlib
 import json
+import re
 import socket
 import time
 from datetime import timedelta
@@ -17,11 +18,21 @@ from torch.distributed import (  # type: ignore[attr-defined]
     PrefixStore,
     ProcessGroupGloo,
     TCPStore,
+    Work,
 )
 
-from weightsync_engine.transfer.communicator import RendezvousError, TransportError
+from weightsync_engine.transfer.communicator import (
+    RendezvousError,
+    RendezvousTimeoutError,
+    TransportError,
+    TransportTimeoutError,
+)
 
-_A_DAY: Final = 86400.0
+_LEFT_SECONDS: Final = 5.0
+"""What gloo gets on top of a broadcast's time: its own end of it closes the connections, and peers would blame us."""
+_LEAST_SECONDS: Final = 0.001
+_WHERE: Final = re.compile(r"^\[[^\]]*\] ")
+_ADVICE: Final = " This is typically caused by"
 
 
 class GlooWork:
@@ -29,15 +40,17 @@ class GlooWork:
 
     __slots__ = ("_work",)
 
-    def __init__(self, work: object) -> None:
+    def __init__(self, work: Work) -> None:
         self._work = work
 
     def wait(self, seconds: float) -> None:
-        """Return once it is done here. Raises TransportError."""
+        """Return once it is done here. Raises TransportError, TransportTimeoutError after ``seconds``."""
         try:
-            self._work.wait(timedelta(seconds=max(seconds, 0.001)))  # type: ignore[attr-defined]
+            self._work.wait(timedelta(seconds=max(seconds, _LEAST_SECONDS)))
         except RuntimeError as error:
-            raise TransportError(str(error).splitlines()[0]) from error
+            if not self._work.is_completed():
+                raise TransportTimeoutError(f"a broadcast was not done within {seconds:.1f} s") from error
+            raise TransportError(_plain(error)) from error
 
 
 class Rendezvous:
@@ -48,7 +61,7 @@ class Rendezvous:
             self._store = TCPStore(host, port, None, True, timedelta(seconds=seconds), wait_for_workers=False)
         except RuntimeError as error:
             raise RendezvousError(
-                f"rank 0 can't listen at {host}:{port}: {str(error).splitlines()[0]}; another process may "
+                f"rank 0 can't listen at {host}:{port}: {_plain(error)}; another process may "
                 "have the port: set transport.port to 0 or to a free one"
             ) from error
         self.port: int = self._store.port
@@ -69,19 +82,24 @@ class GlooCommunicator:
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self._store = store
-        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = left
+        options._timeout = timedelta(seconds=max(deadline - time.monotonic(), _LEAST_SECONDS))
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         try:
+            if store.add(_key(nonce, f"rank/{rank}"), 1) != 1:
+                raise RendezvousError(f"another process is rank {rank} of this group already")
             # Connects all pairs of ranks: it returns when everybody is there.
             self._group: ProcessGroupGloo | None = ProcessGroupGloo(
                 PrefixStore(_key(nonce, "gloo"), store), rank, world_size, options
             )
+        except RendezvousError:
+            raise
         except RuntimeError as error:
-            raise RendezvousError(
-                f"rank {rank} of {world_size} could not connect to all others: {str(error).splitlines()[0]}"
-            ) from error
+            if time.monotonic() < deadline:
+                raise RendezvousError(
+                    f"rank {rank} of {world_size} could not connect to all others: {_plain(error)}"
+                ) from error
+            raise RendezvousTimeoutError(_missing(store, rank, world_size, nonce)) from error
 
     @classmethod
     def join(cls, host: str, port: int, rank: int, world_size: int, nonce: str, seconds: float) -> Self:
@@ -95,24 +113,26 @@ class GlooCommunicator:
         try:
             store = TCPStore(host, port, None, False, timedelta(seconds=seconds), wait_for_workers=False)
         except RuntimeError as error:
-            raise RendezvousError(f"nobody listens at {host}:{port}: {str(error).splitlines()[0]}") from error
+            raise RendezvousTimeoutError(f"nobody listens at {host}:{port}: {_plain(error)}") from error
         _same_group(store, nonce, world_size, f"{host}:{port}")
         return cls(_own_address(host, port), store, rank, world_size, nonce, deadline)
 
-    def broadcast_async(self, tensor: Tensor, src: int = 0) -> GlooWork:
-        """Begin to bring ``tensor`` from ``src`` to everybody."""
+    def broadcast_async(self, tensor: Tensor, src: int, seconds: float) -> GlooWork:
+        """Begin to bring ``tensor`` from ``src`` to everybody. Raises TransportError."""
         if self._group is None:
             raise TransportError("the group was left already")
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = src, 0
+        # Without it gloo would take what was left of the group's own time when it came about.
+        options.timeout = timedelta(seconds=max(seconds, _LEAST_SECONDS) + _LEFT_SECONDS)
         try:
             return GlooWork(self._group.broadcast([tensor], options))  # type: ignore[attr-defined]
         except RuntimeError as error:
-            raise TransportError(str(error).splitlines()[0]) from error
+            raise TransportError(_plain(error)) from error
 
-    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
-        """The same, and wait for it, as long as the group may take."""
-        self.broadcast_async(tensor, src).wait(_A_DAY)
+    def broadcast(self, tensor: Tensor, src: int, seconds: float) -> None:
+        """The same, and wait for it."""
+        self.broadcast_async(tensor, src, seconds).wait(seconds)
 
     def close(self) -> None:
         """Leave the group; idempotent."""
@@ -124,6 +144,19 @@ class GlooCommunicator:
 
 def _key(nonce: str, name: str) -> str:
     return f"weightsync/{nonce}/{name}"
+
+
+def _plain(error: RuntimeError) -> str:
+    """What gloo says, without its source's line and its advice about other people's logs."""
+    return _WHERE.sub("", str(error).splitlines()[0]).split(_ADVICE)[0]
+
+
+def _missing(store: TCPStore, rank: int, world_size: int, nonce: str) -> str:
+    late = f"rank {rank} of {world_size} could not connect to all others in time"
+    with contextlib.suppress(RuntimeError):
+        absent = [str(n) for n in range(world_size) if not store.check([_key(nonce, f"rank/{n}")])]
+        return f"{late}: {', '.join(absent)} never came" if absent else late
+    return late
 
 
 def _same_group(store: TCPStore, nonce: str, world_size: int, endpoint: str) -> None:

@@ -83,7 +83,7 @@ def send_packed(
             flying.popleft()[0].wait(seconds)
         packed = torch.cat(chunk)
         if packed.numel():
-            flying.append((group.broadcast_async(packed, src), packed))
+            flying.append((group.broadcast_async(packed, src, seconds), packed))
 
     for tensor in tensors:
         chunk.append(as_bytes(tensor))
@@ -130,7 +130,7 @@ def receive_packed(
         if buffers[slot].numel() < size:
             buffers[slot] = torch.empty(size, dtype=torch.uint8)
         data = buffers[slot][:size]
-        flying.append((group.broadcast_async(data, src) if size else None, data, members))
+        flying.append((group.broadcast_async(data, src, seconds) if size else None, data, members))
     while flying:
         land()
 

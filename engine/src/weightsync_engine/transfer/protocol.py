@@ -61,7 +61,8 @@ class ReceiveManifest:
 class Prepare:
     """Have all memory of the staging file (fd, ``nbytes`` long) before a transfer needs it: ``Prepared``.
 
-    A later ``Receive`` into the same file finds it mapped and pays no page faults.
+    The child keeps it mapped: a ``Receive`` into the same file pays no page faults. Until then, or until the
+    next ``Prepare``, it can't be sealed.
     """
 
     nbytes: int
@@ -82,6 +83,8 @@ class Send:
     mode: Mode = Mode.PACKED
     manifest: str = ""
     """``Manifest.encode()``; only PerTensor needs it."""
+    version: str = ""
+    """What a member that was told of another version refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class Receive:
     manifest: str = ""
     verify: bool = True
     """Without it ``Received.digest`` is empty."""
+    version: str = ""
+    """What rank 0 has to announce; empty for anything."""
 
 
 # --------------------------------------------------------------------------------------------- events
