@@ -30,6 +30,8 @@ KINDS = [
     pytest.param(("vllm", 2), id="vllm-tp2", marks=pytest.mark.vllm),
 ]
 SECONDS = 60.0
+# Two servers may start in one test.
+pytestmark = pytest.mark.timeout(600)
 SHAPE = replace(TINY, layers=8)
 """Small, and slow enough a token that a commit falls into the middle of a request."""
 
@@ -58,6 +60,9 @@ class Expected:
         self._known: dict[tuple[str, int], Served] = {}
 
     def __call__(self, kind: str, version: int) -> Served:
+        if version == 1:
+            # Both engines answer alike, which is held for version 2: one start of vLLM less.
+            kind = "reference"
         if (kind, version) not in self._known:
             home = self._factory.mktemp(f"{kind}-{version}")
             write_checkpoint(home / "model", SHAPE, 0, WEIGHTS[version])

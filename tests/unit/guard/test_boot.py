@@ -194,3 +194,14 @@ def test_processes_of_one_container_have_one_boot_and_two_containers_two():
     said = [process.communicate(timeout=30)[0].split() for process in containers]
     assert all(len(words) == 2 and len(set(words)) == 1 for words in said)
     assert said[0][0] != said[1][0]
+
+
+@needs_namespaces
+def test_two_containers_that_were_started_in_the_same_moment_are_two():
+    code = """
+        from weightsync_engine import boot
+        boot._stat = lambda pid: ["0"] * 40
+        print(boot.boot_id(), flush=True)
+    """
+    one, two = (unshared(code) for _ in range(2))
+    assert one.communicate(timeout=30)[0] != two.communicate(timeout=30)[0]

@@ -216,10 +216,9 @@ class HttpEngine:
         """Make sure that what has not happened will not happen later. Always raises ApplyError."""
         words = [trouble, *(f"rank {s.hello.rank}: {s.error}" for s in statuses if s.error)]
         message = "; ".join(filter(None, words)) or "no rank applied the version, and none says why"
-        touched = [s for s in statuses if not s.clean]
         # A call that got no answer may still be waiting in the engine: without an image it comes to nothing.
         dropped = await self._drop(world_size)
-        if touched or not dropped:
+        if not dropped:
             raise ApplyError(False, message)
         before = {s.hello.rank: s.applied for s in statuses}
         after = await self._statuses(world_size, message)
