@@ -87,7 +87,10 @@ class Member:
     def holds(self, target: VersionTarget, verify: bool) -> bool:
         """Whether the version lies staged, and is what was published."""
         transfer = self.transfer
-        if transfer.state is not TransferState.STAGED or transfer.version != target.version:
+        # An agent that leaves its group keeps what is staged, and names a version only if it is.
+        if transfer.state not in (TransferState.STAGED, TransferState.ABORTING):
+            return False
+        if transfer.version != target.version:
             return False
         return not verify or not target.digest or transfer.digest == target.digest
 
