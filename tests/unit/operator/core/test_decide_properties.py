@@ -242,7 +242,7 @@ def test_every_plan_of_a_random_history(make: Any, actions: list[tuple[str, int,
     fleet.decide()
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=60)
 @given(ACTIONS)
 def test_what_waits_is_woken_and_comes_to_an_end(make: Any, actions: list[tuple[str, int, str]]) -> None:
     """After the last fault: within the sum of the deadlines each member is on target, or it is said why not."""

@@ -135,6 +135,20 @@ def test_late_joiners_wait_five_seconds_at_most(synced: Any) -> None:
     assert late.serving.version == V1
 
 
+def test_a_restarted_member_gets_the_new_version_and_not_first_the_old_one(synced: Any) -> None:
+    """Its rollout waits a little for the other one, which is about to come up; the old version lies staged."""
+    back = synced.members[0]
+    back.restart_engine("boot-2")
+    back.transfer = replace(back.transfer, state=TransferState.STAGED, version=V1, digest="d-a-1")
+    synced.members[1].ranks = 0
+    synced.members[1].restart_engine("boot-2")
+    synced.publish(2)
+    synced.wait(1)
+    assert synced.memory.round is None
+    synced.wait(6)
+    assert synced.serving() == [2, None]
+
+
 def test_late_joiners_do_not_delay_a_new_version(synced: Any) -> None:
     synced.join("m2", ranks=0)
     synced.run()

@@ -147,6 +147,20 @@ def test_who_is_not_in_the_roster_gets_some_seconds_to_come_back(synced: Any) ->
     assert len(synced.events(Reason.EXCLUDED)) == 0
 
 
+def test_a_pod_that_never_had_an_agent_holds_a_new_leader_up_for_some_seconds_only(synced: Any) -> None:
+    synced.join("bare", has_agent=False)
+    synced.run()
+    synced.restart_operator()
+    synced.publish(2)
+    plan = synced.run()
+    assert synced.memory.round is None
+    end = synced.now + 5.1
+    while plan.requeue_after is not None and synced.now + plan.requeue_after <= end:
+        synced.now += plan.requeue_after
+        plan = synced.run()
+    assert synced.serving() == [2, 2, None]
+
+
 def test_a_written_row_that_nobody_of_ours_wrote_is_no_roster(make: Any) -> None:
     fleet = make()
     fleet.status = Status(group=GroupStatus(7, 3, "h:1", ("", "x", "0:1:t", "a:b:c:d")))
