@@ -332,6 +332,13 @@ async def test_a_refused_first_publish_makes_nobody_the_publisher(
         assert server.source().connected is there_is_one
         # The one that was refused stays connected, and is not in the way.
         await call(publish, {"x": torch.ones(1)}, 6, run="run", socket=tmp_path / "publish.sock")
+        # What it says at its end is not the publisher's word.
+        assert process.stdin is not None
+        process.stdin.close()
+        await call(process.wait, 60)
+        await until(lambda: len(server._threads) == 1, "it to be gone")
+    assert server.source().connected
+    assert not server.source().completed
 
 
 async def test_two_threads_of_a_trainer_publish_one_after_the_other(
