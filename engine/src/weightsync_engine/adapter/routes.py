@@ -72,7 +72,7 @@ class Routes:
         except TimeoutError as error:
             raise SilentError(f"{method} {route}: no answer in {seconds:.1f} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineUnreachableError(f"{method} {route}: {error!r}") from error
+            raise EngineUnreachableError(f"{method} {route}: {str(error) or repr(error)}") from error
         if status != 200:
             raise RouteError(f"{method} {route}", status, _words(text))
         return _object(text)
