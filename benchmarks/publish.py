@@ -90,7 +90,9 @@ def summary(nbytes: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=380)
     parser.add_argument("--tensors", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=9)
