@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import Condition, Reason
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.idle import behind, current_target, failed_before, is_behind, wanted
@@ -235,8 +234,3 @@ def waiting_for_roster(absent: list[str]) -> dict[Condition, Row]:
     """The rows of a leader that waits for the agents of the last one."""
     message = f"waiting for the agents of {', '.join(absent[:NAMES])} to come back to this operator"
     return {Condition.PROGRESSING: (UNKNOWN, Reason.WAITING_FOR_ROSTER, message)}
-
-
-def version_text(version: VersionId | None) -> str:
-    """For messages; empty for none."""
-    return str(version) if version else ""

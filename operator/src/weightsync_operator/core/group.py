@@ -4,7 +4,6 @@ An epoch's rank map never changes; another membership is another epoch, and its 
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from weightsync_contract.messages import Transfer, TransferState, VersionId
 from weightsync_operator.core.facts import Facts, State
@@ -176,8 +175,3 @@ def inherit(facts: Facts, state: State) -> Epoch | None:
         first.version or state.current,
     )
     return epoch if whole(facts, epoch) else None
-
-
-def with_endpoint(epoch: Epoch, endpoint: str) -> Epoch:
-    """The epoch once rank 0 listens."""
-    return replace(epoch, endpoint=endpoint)
