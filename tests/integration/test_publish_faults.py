@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -494,3 +495,42 @@ def test_a_trainer_needs_nothing_but_the_standard_library_and_the_contract() -> 
         [sys.executable, "-c", textwrap.dedent(code), startup], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000], ids=["smaller", "larger"])
+async def test_a_tensor_that_gets_another_size_meanwhile_is_named(
+    server: PublishServer, tmp_path: Path, size: int
+) -> None:
+    tensors = big(1)
+
+    def resize(done: int, total: int) -> None:
+        tensors["t3"].data = torch.ones(size)
+
+    with pytest.raises(RuntimeError, match="'t3' got another size"):
+        await call(publish, tensors, 1, run="run", socket=tmp_path / "publish.sock", progress=resize)
+    assert not server.source().versions
+    await call(publish, tensors, 1, run="run", socket=tmp_path / "publish.sock")
+
+
+async def test_a_view_that_torch_negates_lazily_is_published_as_it_reads(
+    server: PublishServer, tmp_path: Path
+) -> None:
+    view = torch.complex(torch.ones(4), torch.arange(4.0)).conj().imag
+    assert view.is_neg()
+    lazy = await call(publish, {"x": view}, 1, run="a", socket=tmp_path / "publish.sock")
+    plain = await call(publish, {"x": -torch.arange(4.0)}, 1, run="b", socket=tmp_path / "publish.sock")
+    assert lazy.digest == plain.digest
+
+
+async def test_versions_may_be_whole_numbers_of_other_libraries(
+    server: PublishServer, tmp_path: Path
+) -> None:
+    step = numpy.int64(7)
+    result = await call(publish, {"x": torch.ones(1)}, step, run="run", socket=tmp_path / "publish.sock")
+    assert result.version == VersionId("run", 7)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
+def test_a_timeout_that_is_none_is_an_error_of_the_caller(tmp_path: Path, timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        publish({"x": torch.ones(1)}, 1, timeout=timeout, socket=tmp_path / "publish.sock")
