@@ -72,6 +72,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, message: str
         pytest.param((1 << 40).to_bytes(8, "little") + b"{}", id="a header larger than the file"),
         pytest.param((2).to_bytes(8, "little") + b"{]", id="no JSON"),
         pytest.param((2).to_bytes(8, "little") + b"\xff\xff", id="no text"),
+        pytest.param((9000).to_bytes(8, "little") + b"[" * 9000, id="nesting"),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -85,4 +86,13 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
 
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"none\.safetensors"), read_file(tmp_path / "none.safetensors"):
+        pass
+
+
+def test_a_name_twice_is_said_so(tmp_path: Path) -> None:
+    """The JSON parser would take the last one."""
+    text = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"1")
+    with pytest.raises(ManifestError, match="a name is there twice"), read_file(path):
         pass
