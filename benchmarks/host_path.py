@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/host_path.py [--megabytes 380] [--members 1] [--rounds 9] [--write]
 
 Real children, real gloo on loopback, real descriptors: from the commands to ``Received``, the digest and all
-that a process has to do beside moving bytes included. The bare broadcasts (torch.distributed's own API, one
+that a process has to do beside moving bytes included; the memory is fresh each time, and prepared before, as
+in phase Check, unless it says otherwise. The bare broadcasts (torch.distributed's own API, one
 tensor as a whole, and the same in pieces, which is faster or slower with the machine) run in the same minutes
 in processes of their own; every round has each of them once, in turn. The ratio is taken against the faster
 one. One JSON object goes to standard output; ``--write`` also puts it under benchmarks/results/.
@@ -20,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ LAYOUT = "sha256:" + "0" * 64
 SECONDS = 120.0
 BUFFER_BYTES = 256 << 20
 NUM_BUFFERS = 3
-BARE_PIECE_BYTES = 8 << 20
+BARE_PIECE_BYTES = 16 << 20
 
 
 # ------------------------------------------------------------------------------------------- bare gloo
@@ -196,8 +198,11 @@ def summary(values: list[float]) -> dict[str, float]:
 async def measure(nbytes: int, members: int, rounds: int) -> dict[str, list[float]]:
     bare = await asyncio.to_thread(BareGroup, members, nbytes)
     content = os.urandom(1 << 20) * (nbytes // (1 << 20) + 1)
-    with memory(nbytes) as source:
-        os.pwrite(source, content[:nbytes], 0)
+    # A file as the trainer's agent keeps it, in the page cache.
+    with tempfile.TemporaryFile() as kept:
+        source = kept.fileno()
+        kept.write(memoryview(content)[:nbytes])
+        kept.flush()
         digest = digest_image(LAYOUT, memoryview(content)[:nbytes])
         del content
         async with group(members) as ranks:
@@ -256,7 +261,7 @@ def main() -> None:
         "raw_seconds": {name: [round(value, 4) for value in each] for name, each in took.items()},
         "load_average_before": load,
         "machine": {
-            "cpus": os.cpu_count(),
+            "cpus": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
             "system": platform.platform(),
         },

@@ -1,14 +1,17 @@
 """The transfer engine over real gloo groups, each rank in a thread of its own."""
 
+import json
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from weightsync_engine.transfer.communicator import RendezvousError, TransportError
 from weightsync_engine.transfer.engine import InitInfo, ParallelLayout, UpdateInfo, WeightTransferEngine
@@ -224,3 +227,17 @@ def test_a_group_that_nobody_completes_ends_in_time() -> None:
     threading.Thread(target=join, daemon=True).start()
     assert done.wait(15)
     assert errors
+
+
+def test_a_rank_that_comes_before_rank_0_has_said_for_what_it_listens_waits_for_that() -> None:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    store = TCPStore(HOST, port, None, True, timedelta(seconds=SECONDS), wait_for_workers=False)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(GlooCommunicator.join, HOST, port, 1, 2, "n", SECONDS)
+        with pytest.raises(TimeoutError):
+            joining.result(0.5)
+        store.set("weightsync/group", json.dumps({"nonce": "another", "world_size": 2}))
+        with pytest.raises(RendezvousError, match="another epoch"):
+            joining.result(SECONDS)

@@ -169,7 +169,7 @@ class Child:
 
     def _prepare(self, command: protocol.Prepare, fd: int) -> None:
         self._forget()
-        self._prepared = staging.Staging(fd, command.nbytes)
+        self._prepared = staging.Staging(fd, command.nbytes, staging.segment_bytes(command.nbytes))
         self._prepared.prepare()
         self.say(protocol.Prepared())
 
@@ -179,13 +179,15 @@ class Child:
             prepared.close()
 
     def _staging(self, command: protocol.Receive, fd: int) -> staging.Staging:
-        """What was prepared, if it is this file."""
+        """What was prepared, if it is this file and cut as it has to be."""
+        if command.mode is Mode.PER_TENSOR:
+            self._forget()
+            return staging.Staging(fd, command.nbytes, command.nbytes)
+        if self._prepared is None or self._prepared.key != staging.key(fd, command.nbytes):
+            self._forget()
+            return staging.Staging(fd, command.nbytes, staging.segment_bytes(command.nbytes))
         prepared, self._prepared = self._prepared, None
-        if prepared and prepared.key == staging.key(fd, command.nbytes):
-            return prepared
-        if prepared:
-            prepared.close()
-        return staging.Staging(fd, command.nbytes)
+        return prepared
 
     def _send(self, command: protocol.Send, fd: int) -> None:
         deadline = time.monotonic() + command.seconds
@@ -198,9 +200,12 @@ class Child:
             warnings.simplefilter("ignore", UserWarning)
             image = torch.frombuffer(memory, dtype=torch.uint8)
         limit = Limit(command.limit_rate)
-        pieces = _pieces(command, longest)
-        self._move(command, image, pieces, deadline, lambda start, _: limit.after(start), lambda *_: None)
-        del image
+
+        def piece(start: int, end: int) -> torch.Tensor:
+            limit.after(start)
+            return image[start:end]
+
+        self._move(command, _pieces(command, longest), deadline, piece, lambda *_: None)
         memory.close()
         self.say(protocol.Sent())
 
@@ -211,15 +216,19 @@ class Child:
             raise TransportError(f"rank 0 announced pieces of {longest} bytes")
         digest = ImageDigest(command.layout)
         target = self._staging(command, fd)
-        image = torch.frombuffer(target.memory, dtype=torch.uint8)
-        with memoryview(target.memory) as view:
 
-            def take(start: int, end: int) -> None:
-                if command.verify:
-                    digest.update(view[start:end])
+        def piece(start: int, end: int) -> torch.Tensor:
+            memory, at = target.place(start)
+            return torch.frombuffer(memory, dtype=torch.uint8, count=end - start, offset=at)
 
-            self._move(command, image, _pieces(command, longest), deadline, target.need, take)
-        del image
+        def done(start: int, end: int) -> None:
+            memory, at = target.place(start)
+            if command.verify:
+                with memoryview(memory) as view, view[at : at + end - start] as part:
+                    digest.update(part)
+            target.done(end)
+
+        self._move(command, _pieces(command, longest), deadline, piece, done)
         # No mapping of it is left: the parent can seal it.
         target.close()
         self.say(protocol.Received(digest.value() if command.verify else ""))
@@ -227,10 +236,9 @@ class Child:
     def _move(
         self,
         command: protocol.Send | protocol.Receive,
-        image: torch.Tensor,
         pieces: Iterator[Span],
         deadline: float,
-        before: Callable[[int, int], None],
+        piece: Callable[[int, int], torch.Tensor],
         done: Callable[[int, int], None],
     ) -> None:
         def landed(start: int, end: int) -> None:
@@ -239,7 +247,7 @@ class Child:
 
         self._moved = 0
         with self._telling_progress():
-            broadcast_image(self._joined, image, pieces, command.num_buffers, deadline, before, landed)
+            broadcast_image(self._joined, piece, pieces, command.num_buffers, deadline, landed)
 
     @contextmanager
     def _telling_progress(self) -> Iterator[None]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from weightsync_contract.manifest import Manifest, aligned
 from weightsync_engine.transfer.communicator import Communicator, Work
+from weightsync_engine.transfer.staging import segment_bytes
 
-PIECE_BYTES: Final = 4 << 20
-"""Longest single broadcast: what came is hashed while it is still in the cache, and the next one moves."""
+PIECE_BYTES: Final = 16 << 20
+"""Longest single broadcast: what came is hashed while the next ones move. Shorter ones cost more than they hide."""
 LEAST_PIECE_BYTES: Final = 64 << 10
 LIMITED_PIECE_SECONDS: Final = 0.2
 """Under a limit a piece is so short that progress shows as often as it is told."""
@@ -28,9 +29,12 @@ def piece_bytes(buffer_bytes: int, limit_rate: int) -> int:
 
 
 def spans(nbytes: int, longest: int) -> Iterator[Span]:
-    """Cut an image into (start, end), equally on every rank."""
-    for start in range(0, nbytes, longest):
-        yield start, min(start + longest, nbytes)
+    """Cut an image into (start, end), equally on every rank, and so that none crosses a cut of the staging."""
+    segment = segment_bytes(nbytes)
+    for base in range(0, nbytes, segment):
+        limit = min(base + segment, nbytes)
+        for start in range(base, limit, longest):
+            yield start, min(start + longest, limit)
 
 
 def tensor_spans(manifest: Manifest) -> Iterator[Span]:
@@ -57,17 +61,16 @@ class Limit:
 
 def broadcast_image(
     group: Communicator,
-    image: Tensor,
+    piece: Callable[[int, int], Tensor],
     pieces: Iterator[Span],
     in_flight: int,
     deadline: float,
-    before: Callable[[int, int], None],
     done: Callable[[int, int], None],
 ) -> None:
-    """Broadcast ``image`` (uint8, one dimension) from rank 0, ``in_flight`` pieces at a time.
+    """Broadcast an image from rank 0, ``in_flight`` pieces at a time.
 
-    For each piece, in order, ``before(start, end)`` is called before its memory is touched, and ``done(start,
-    end)`` when it is complete here. ``deadline`` is on the monotonic clock. Raises TransportError.
+    For each piece, in order, ``piece(start, end)`` gives its memory (uint8, one dimension), and ``done(start, end)``
+    is called when it is complete here. ``deadline`` is on the monotonic clock. Raises TransportError.
     """
     flying: deque[tuple[Work, Span]] = deque()
 
@@ -79,8 +82,7 @@ def broadcast_image(
     for start, end in pieces:
         if len(flying) == in_flight:
             land()
-        before(start, end)
-        work = group.broadcast_async(image[start:end], 0, deadline - time.monotonic())
+        work = group.broadcast_async(piece(start, end), 0, deadline - time.monotonic())
         flying.append((work, (start, end)))
     while flying:
         land()

@@ -5,6 +5,7 @@ contract test holds them.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import socket
@@ -31,6 +32,7 @@ from weightsync_engine.transfer.communicator import (
 _LEFT_SECONDS: Final = 5.0
 """What gloo gets on top of a broadcast's time: its own end of it closes the connections, and peers would blame us."""
 _LEAST_SECONDS: Final = 0.001
+_GROUP: Final = "weightsync/group"
 _WHERE: Final = re.compile(r"^\[[^\]]*\] ")
 _ADVICE: Final = " This is typically caused by"
 
@@ -67,7 +69,7 @@ class Rendezvous:
         self.port: int = self._store.port
         self._host, self._world_size, self._nonce = host, world_size, nonce
         self._deadline = time.monotonic() + seconds
-        self._store.set(_key(nonce, "group"), json.dumps({"world_size": world_size}))
+        self._store.set(_GROUP, json.dumps({"nonce": _hash(nonce), "world_size": world_size}))
 
     def join(self) -> "GlooCommunicator":
         """Be rank 0, once all others have come. Raises RendezvousError."""
@@ -146,6 +148,11 @@ def _key(nonce: str, name: str) -> str:
     return f"weightsync/{nonce}/{name}"
 
 
+def _hash(nonce: str) -> str:
+    """What may be told to a stranger."""
+    return hashlib.sha256(nonce.encode()).hexdigest()
+
+
 def _plain(error: RuntimeError) -> str:
     """What gloo says, without its source's line and its advice about other people's logs."""
     return _WHERE.sub("", str(error).splitlines()[0]).split(_ADVICE)[0]
@@ -161,12 +168,19 @@ def _missing(store: TCPStore, rank: int, world_size: int, nonce: str) -> str:
 
 def _same_group(store: TCPStore, nonce: str, world_size: int, endpoint: str) -> None:
     """Whoever listens there must mean the same group: a stale rank 0 of another epoch is no peer."""
-    key = _key(nonce, "group")
-    if not store.check([key]):
+    try:
+        # Waits: we may be faster than rank 0, between its listening and its saying for what.
+        found = json.loads(store.get(_GROUP))
+    except RuntimeError as error:
+        raise RendezvousTimeoutError(
+            f"whoever listens at {endpoint} is no rank 0: {_plain(error)}"
+        ) from error
+    if found["nonce"] != _hash(nonce):
         raise RendezvousError(f"{endpoint} belongs to another epoch: its nonce is not ours")
-    listed = json.loads(store.get(key))["world_size"]
-    if listed != world_size:
-        raise RendezvousError(f"rank 0 at {endpoint} expects {listed} ranks, this one {world_size}")
+    if found["world_size"] != world_size:
+        raise RendezvousError(
+            f"rank 0 at {endpoint} expects {found['world_size']} ranks, this one {world_size}"
+        )
 
 
 def _own_address(host: str, port: int) -> str:
