@@ -207,6 +207,13 @@ def test_a_port_in_use_is_told_with_what_to_do() -> None:
             Rendezvous(HOST, port, 2, "n", 2.0)
 
 
+def test_rank_0_listens_on_its_own_address_only() -> None:
+    rendezvous = Rendezvous(HOST, 0, 2, "n", SECONDS)
+    socket.create_connection((HOST, rendezvous.port), 5.0).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", rendezvous.port), 5.0)
+
+
 def test_a_rank_outside_of_the_group_is_refused() -> None:
     with pytest.raises(RendezvousError, match="rank 2 is none of a group of 2"):
         GlooCommunicator.join(HOST, 1, 2, 2, "n", 1.0)

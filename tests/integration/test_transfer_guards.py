@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -185,3 +186,30 @@ def test_a_child_ends_within_a_second_with_a_parent_that_was_killed(busy: bool) 
         parent.wait(10)
         wait_for(lambda: ended(pid), 5, "the child to end with its parent")
         assert time.monotonic() - began < 1.0
+
+
+def test_a_call_that_hangs_is_ended_by_the_timer_and_said() -> None:
+    """The one fake here: a command that never returns stands in for a hang inside of torch."""
+    code = """
+        import socket, sys, time
+        from weightsync_engine.transfer.child import Child
+        class HangingChild(Child):
+            def _do(self, command, fd):
+                time.sleep(600)
+        HangingChild(socket.socket(fileno=int(sys.argv[1]))).run()
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-c", textwrap.dedent(code), str(theirs.fileno())]
+        with subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as process:
+            theirs.close()
+            ours.settimeout(SECONDS)
+            lines = ours.makefile("rb")
+            assert protocol.decode_event(lines.readline()) == protocol.Started()
+            ours.sendall(protocol.encode(protocol.ReceiveManifest(0.2)))
+            failed = protocol.decode_event(lines.readline())
+            assert isinstance(failed, protocol.Failed)
+            assert failed.code is FailureCode.TRANSFER_TIMEOUT
+            assert "ReceiveManifest was not done within 0.2 s" in failed.message
+            assert process.wait(5) == 1
+            lines.close()

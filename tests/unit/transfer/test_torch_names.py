@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroupGloo, TCPStore
 
 def test_gloo_takes_options_and_devices_of_ours() -> None:
     options = ProcessGroupGloo._Options()
-    for name in ("_timeout", "_devices"):
+    for name in ("_timeout", "_devices", "_threads"):
         assert hasattr(options, name)
     assert "hostname" in (ProcessGroupGloo.create_device.__doc__ or "")
 
@@ -34,8 +34,9 @@ def test_the_store_holds_counters_and_strings(name: str) -> None:
     assert hasattr(TCPStore, name)
 
 
-def test_the_store_does_not_have_to_wait_for_workers() -> None:
-    assert "wait_for_workers" in (TCPStore.__init__.__doc__ or "")
+@pytest.mark.parametrize("name", ["wait_for_workers", "master_listen_fd"])
+def test_the_store_waits_for_nobody_and_listens_where_we_say(name: str) -> None:
+    assert name in (TCPStore.__init__.__doc__ or "")
 
 
 def test_nothing_that_is_unpickled_goes_through_the_store() -> None:

@@ -31,6 +31,8 @@ from weightsync_engine.transfer.communicator import (
 
 _LEFT_SECONDS: Final = 5.0
 """What gloo gets on top of a broadcast's time: its own end of it closes the connections, and peers would blame us."""
+_IN_FLIGHT: Final = 4
+"""Broadcasts that gloo works on at a time; further ones wait in its queue."""
 _LEAST_SECONDS: Final = 0.001
 _GROUP: Final = "weightsync/group"
 _WHERE: Final = re.compile(r"^\[[^\]]*\] ")
@@ -60,13 +62,24 @@ class Rendezvous:
 
     def __init__(self, host: str, port: int, world_size: int, nonce: str, seconds: float) -> None:
         try:
-            self._store = TCPStore(host, port, None, True, timedelta(seconds=seconds), wait_for_workers=False)
-        except RuntimeError as error:
+            # On that address only; the store by itself would listen on all.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, port), family=family)
+        except OSError as error:
             raise RendezvousError(
-                f"rank 0 can't listen at {host}:{port}: {_plain(error)}; another process may "
+                f"rank 0 can't listen at {host}:{port}: {error.strerror}; another process may "
                 "have the port: set transport.port to 0 or to a free one"
             ) from error
-        self.port: int = self._store.port
+        self.port: int = listener.getsockname()[1]
+        self._store = TCPStore(
+            host,
+            self.port,
+            None,
+            True,
+            timedelta(seconds=seconds),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         self._host, self._world_size, self._nonce = host, world_size, nonce
         self._deadline = time.monotonic() + seconds
         self._store.set(_GROUP, json.dumps({"nonce": _hash(nonce), "world_size": world_size}))
@@ -86,6 +99,7 @@ class GlooCommunicator:
         self._store = store
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=max(deadline - time.monotonic(), _LEAST_SECONDS))
+        options._threads = _IN_FLIGHT
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         try:
             if store.add(_key(nonce, f"rank/{rank}"), 1) != 1:

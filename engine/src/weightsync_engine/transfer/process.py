@@ -90,6 +90,8 @@ class ChildProcess:
             if not data:
                 return
             buffer += data
+            if b"\n" not in data:
+                continue
             *lines, rest = bytes(buffer).split(b"\n")
             buffer = bytearray(rest)
             for line in lines:

@@ -63,7 +63,9 @@ class Staging:
             memory.madvise(_POPULATE_WRITE)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise
+                # EFAULT, where a write would have been a SIGBUS.
+                message = f"bytes {base} to {base + length} of the staging have no memory"
+                raise OSError(errno.ENOMEM, message) from error
             # An older kernel: the pages are there at least, if not mapped.
             os.posix_fallocate(self._fd, base, length)
         return memory
