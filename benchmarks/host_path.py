@@ -7,13 +7,14 @@ that a process has to do beside moving bytes included; the memory is fresh each 
 in phase Check, unless it says otherwise. The bare broadcasts (torch.distributed's own API, one
 tensor as a whole, and the same in pieces, which is faster or slower with the machine) run in the same minutes
 in processes of their own; every round has each of them once, in turn. The ratio is taken against the faster
-one. One JSON object goes to standard output; ``--write`` also puts it under benchmarks/results/.
+one. What large pages for shared memory do is shown by running it twice, with ``never`` and with ``advise`` in
+/sys/kernel/mm/transparent_hugepage/shmem_enabled. One JSON object goes to standard output; ``--write`` also puts
+it under benchmarks/results/.
 """
 
 import argparse
 import asyncio
 import contextlib
-import datetime
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ from weightsync_engine.transfer import protocol
 from weightsync_engine.transfer.process import ChildProcess
 
 RESULTS = Path(__file__).parent / "results"
+SHARED_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 HOST = "127.0.0.1"
 LAYOUT = "sha256:" + "0" * 64
 SECONDS = 120.0
@@ -187,6 +189,14 @@ async def transfer(
 # ------------------------------------------------------------------------------------------ both in turn
 
 
+def large_shared_pages() -> str:
+    """The one in brackets of ``always within_size advise [never] deny force``; empty where the kernel has none."""
+    try:
+        return SHARED_PAGES.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
+
+
 def summary(values: list[float]) -> dict[str, float]:
     return {
         "least": round(min(values), 4),
@@ -260,6 +270,7 @@ def main() -> None:
         "seconds": {name: summary(each) for name, each in took.items()},
         "raw_seconds": {name: [round(value, 4) for value in each] for name, each in took.items()},
         "load_average_before": load,
+        "large_shared_pages": large_shared_pages(),
         "machine": {
             "cpus": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
@@ -268,8 +279,7 @@ def main() -> None:
     }
     print(json.dumps(result))
     if given.write:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        path = RESULTS / f"host_path-{today}.json"
+        path = RESULTS / f"host_path-{large_shared_pages() or 'never'}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -166,12 +166,14 @@ class Fleet:
         )
 
     async def commit(self, published: Published, *names: str) -> None:
+        """Order the cut-over. As an operator does it, what is served until then may be served on."""
         for name in names:
+            before = self.operator.pod(name).told.serving.version
             await self.operator.want(
                 name,
                 commit=published.version,
                 commit_digest=published.digest,
-                allowed=(published.version,),
+                allowed=(*((before,) if before else ()), published.version),
             )
 
     async def serving(self, name: str, published: Published) -> None:
@@ -203,6 +205,7 @@ class Fleet:
         await self.commit(published, *names)
         for name in names:
             await self.serving(name, published)
+            await self.operator.want(name, allowed=(published.version,))
 
 
 @asynccontextmanager

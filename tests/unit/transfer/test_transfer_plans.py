@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from weightsync_contract.manifest import Manifest
 from weightsync_engine.transfer.engine import InitInfo, ParallelLayout, UpdateInfo, WeightTransferEngine
-from weightsync_engine.transfer.flat import PIECE_BYTES, Limit, piece_bytes, spans, tensor_spans
+from weightsync_engine.transfer.flat import (
+    FIRST_PIECE_BYTES,
+    PIECE_BYTES,
+    Limit,
+    piece_bytes,
+    spans,
+    tensor_spans,
+)
 from weightsync_engine.transfer.packing import Described, as_bytes, chunks, from_bytes
 
 
@@ -34,17 +41,19 @@ def test_spans_cover_the_image_without_gap_or_overlap(nbytes: int, longest: int)
 
 
 @pytest.mark.parametrize(
-    ("buffer_bytes", "limit_rate", "longest"),
+    ("buffer_bytes", "rate", "longest"),
     [
-        (256 << 20, 0, PIECE_BYTES),
+        (256 << 20, 0, FIRST_PIECE_BYTES),
         (1000, 0, 1000),
-        (256 << 20, 5 << 20, 1 << 20),
+        (256 << 20, 5 << 20, 1 << 19),
+        (256 << 20, 300e6, 30_000_000),
+        (256 << 20, 20e9, PIECE_BYTES),
         (256 << 20, 1000, 64 << 10),
         (1000, 1, 1000),
     ],
 )
-def test_pieces_are_short_enough_to_show_progress(buffer_bytes: int, limit_rate: int, longest: int) -> None:
-    assert piece_bytes(buffer_bytes, limit_rate) == longest
+def test_pieces_are_short_enough_to_show_progress(buffer_bytes: int, rate: float, longest: int) -> None:
+    assert piece_bytes(buffer_bytes, rate) == longest
 
 
 def test_tensor_spans_cover_the_padding_too() -> None:

@@ -53,6 +53,8 @@ class Child:
         self._lock = threading.Lock()
         self._group: Communicator | None = None
         self._moved = 0
+        self._rate = 0.0
+        """Bytes a second of the last image that this rank sent to this group; 0 before the first."""
         self._prepared: staging.Staging | None = None
 
     def run(self) -> NoReturn:
@@ -191,7 +193,7 @@ class Child:
 
     def _send(self, command: protocol.Send, fd: int) -> None:
         deadline = time.monotonic() + command.seconds
-        longest = piece_bytes(command.buffer_bytes, command.limit_rate)
+        longest = piece_bytes(command.buffer_bytes, command.limit_rate or self._rate)
         announce(self._joined, _announcement(command, longest), command.seconds)
         # Not closed after a failure: gloo's threads may still read it, and the process ends.
         memory = mmap.mmap(fd, command.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -205,7 +207,9 @@ class Child:
             limit.after(start)
             return image[start:end]
 
+        began = time.monotonic()
         self._move(command, _pieces(command, longest), deadline, piece, lambda *_: None)
+        self._rate = command.nbytes / max(time.monotonic() - began, 1e-6)
         memory.close()
         self.say(protocol.Sent())
 

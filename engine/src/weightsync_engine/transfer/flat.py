@@ -11,21 +11,21 @@ from weightsync_contract.manifest import Manifest, aligned
 from weightsync_engine.transfer.communicator import Communicator, Work
 from weightsync_engine.transfer.staging import segment_bytes
 
-PIECE_BYTES: Final = 16 << 20
+PIECE_BYTES: Final = 64 << 20
 """Longest single broadcast: what came is hashed while the next ones move. Shorter ones cost more than they hide."""
+FIRST_PIECE_BYTES: Final = 16 << 20
+"""Longest one of a group whose rate nobody has seen."""
 LEAST_PIECE_BYTES: Final = 64 << 10
-LIMITED_PIECE_SECONDS: Final = 0.2
-"""Under a limit a piece is so short that progress shows as often as it is told."""
+PIECE_SECONDS: Final = 0.1
+"""Longest that a piece takes at the group's rate: progress has to show as often as it is told."""
 
 Span = tuple[int, int]
 
 
-def piece_bytes(buffer_bytes: int, limit_rate: int) -> int:
-    """How long rank 0's pieces are. ``limit_rate`` is in bytes a second, 0 for none."""
-    longest = min(buffer_bytes, PIECE_BYTES)
-    if limit_rate:
-        longest = min(longest, max(int(limit_rate * LIMITED_PIECE_SECONDS), LEAST_PIECE_BYTES))
-    return longest
+def piece_bytes(buffer_bytes: int, rate: float) -> int:
+    """How long rank 0's pieces are. ``rate``: bytes a second of this group, seen or as limited; 0 if nobody knows."""
+    longest = max(int(rate * PIECE_SECONDS), LEAST_PIECE_BYTES) if rate else FIRST_PIECE_BYTES
+    return min(buffer_bytes, PIECE_BYTES, longest)
 
 
 def spans(nbytes: int, longest: int) -> Iterator[Span]:
