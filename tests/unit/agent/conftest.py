@@ -56,7 +56,8 @@ class Bench:
         self.did: list[Effect] = []
         self.journal = self.state.journal.durable
         self.permit = permit
-        self.journal_works = True
+        self.journal_works: bool | None = True
+        """None: a disk that does not answer."""
         self.seq = 0
         self.term = 1
 
@@ -73,7 +74,7 @@ class Bench:
                     if self.journal_works:
                         self.journal = self.journal.add(effect.entry)
                         queue.appendleft(JournalWritten(effect.entry))
-                    else:
+                    elif self.journal_works is False:
                         queue.appendleft(JournalFailed(effect.entry, "no space left on device"))
         return [effect for effect in self.did[mark:] if not isinstance(effect, Report)]
 

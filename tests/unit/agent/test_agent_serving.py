@@ -115,6 +115,16 @@ def test_the_engine_is_not_touched_before_the_journal_says_so(member):
     assert member.told.serving.failure.code is FailureCode.APPLY_FAILED
 
 
+def test_a_record_that_failed_is_written_again_and_nobody_is_woken_while_a_slow_disk_writes_it(member, kit):
+    member.serve().stage(kit.V2)
+    member.journal_works = False
+    member.commit(kit.V2)
+    member.journal_works = None
+    # The bench fails when a moment has come and nothing was done about it.
+    assert [type(effect) for effect in member.later(10.0)] == [WriteJournal]
+    assert member.told.serving.version == kit.V1
+
+
 def test_nothing_is_served_before_the_journal_says_so(member):
     member.join().check().stage().commit()
     member.journal_works = False

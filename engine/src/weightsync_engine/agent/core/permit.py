@@ -51,6 +51,13 @@ def derive(state: State, now: float) -> tuple[State, Effects]:
     return state, effects
 
 
+def journal_wake_at(state: State) -> float | None:
+    """When a failed write is due again; None while one is under way, or when there is nothing to write."""
+    journal = state.journal
+    due = journal.unsure and journal.writing is None and wanted_record(state) is not None
+    return journal.retry_at if due else None
+
+
 def written(state: State, event: JournalWritten) -> State:
     """A record is durable."""
     if not isinstance(event.entry, Record):

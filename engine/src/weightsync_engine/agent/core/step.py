@@ -64,7 +64,7 @@ def wake_at(state: State, now: float) -> float | None:
         commit.deadline if commit else None,
         commit.retry_at if commit and not commit.asked and commit.retry_at > now else None,
         state.permit.retry_at if state.permit.unknown else None,
-        state.journal.retry_at if state.journal.unsure else None,
+        permit.journal_wake_at(state),
         check.wake_at(state),
     ]
     return min((moment for moment in moments if moment is not None), default=None)
