@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format verify lock apiserver bench clean
+.PHONY: help setup demo test unit lint format verify lock apiserver bench clean images
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ apiserver: setup ## build the API server that the demo and the tests use, once
 
 bench: setup ## one benchmark (NAME=host_path, orchestration or publish; ARGS="--write")
 	@$(BIN)/python benchmarks/$(or $(NAME),host_path).py $(ARGS)
+
+images: ## build the images with docker, podman or buildah (ARGS="agent --build-arg TORCH=cpu")
+	@$(PYTHON) scripts/images.py $(ARGS)
 
 clean: ## remove .venv and what tools leave behind
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
