@@ -44,7 +44,7 @@ class Expected:
     margin: float
 
 
-def ask(port: int, prompt: Sequence[int], tokens: int) -> Answer:
+def ask(port: int, prompt: Sequence[int], tokens: int, host: str = "127.0.0.1") -> Answer:
     """Greedy completion. Raises RefusedError when the server won't answer, OSError when it can't."""
     body = {
         "model": "demo",
@@ -54,20 +54,20 @@ def ask(port: int, prompt: Sequence[int], tokens: int) -> Answer:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_SECONDS)
+    connection = http.client.HTTPConnection(host, port, timeout=_SECONDS)
     try:
         headers = {"content-type": "application/json"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         response = connection.getresponse()
         data = response.read()
     except http.client.HTTPException as error:
-        raise ConnectionError(f"port {port}: {error!r}") from error
+        raise ConnectionError(f"{host}:{port}: {error!r}") from error
     finally:
         connection.close()
     if response.status == _REFUSED:
         raise RefusedError(data.decode(errors="replace"))
     if response.status != _OK:
-        raise ConnectionError(f"port {port}: {response.status} {data[:200]!r}")
+        raise ConnectionError(f"{host}:{port}: {response.status} {data[:200]!r}")
     choice = json.loads(data)["choices"][0]
     version, admitted = (int(response.headers.get(name, "-1")) for name in (VERSION_HEADER, ADMITTED_HEADER))
     return Answer(tuple(choice["token_ids"]), choice["text"], version, admitted)
@@ -75,32 +75,36 @@ def ask(port: int, prompt: Sequence[int], tokens: int) -> Answer:
 
 @dataclass
 class Tally:
-    """Steady requests to one server: how many were answered right, refused, and neither."""
+    """Steady requests to one server: how many were answered right, refused, not answered, and neither."""
 
     right: int = 0
     refused: int = 0
+    failed: int = 0
+    """No answer, or an error that is no refusal: the server was not up, or ended."""
     across: int = 0
     """Answers that a commit fell into: the first tokens from one version, the others from the next."""
     wrong: list[str] = field(default_factory=list)
 
 
 class Traffic:
-    """One request after the other to a server while everything else happens, each answer checked."""
+    """One request after the other to a server while everything else happens, each answer checked.
+
+    ``ask`` makes one; ``expected`` says what a version answers, None for one that nobody published; ``period`` is
+    the pause between two, in seconds.
+    """
 
     def __init__(
         self,
         name: str,
-        port: int,
-        prompt: Sequence[int],
-        tokens: int,
+        ask: Callable[[], Answer],
         expected: Callable[[int], Expected | None],
+        period: float = 0.5,
     ) -> None:
         self.name = name
         self.tally = Tally()
-        self._port = port
-        self._prompt = prompt
-        self._tokens = tokens
+        self._ask = ask
         self._expected = expected
+        self._period = period
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"traffic-{name}", daemon=True)
 
@@ -114,13 +118,13 @@ class Traffic:
         self._thread.join(_SECONDS)
 
     def _run(self) -> None:
-        while not self._ended.wait(0.5):
+        while not self._ended.wait(self._period):
             try:
-                self._check(ask(self._port, self._prompt, self._tokens))
+                self._check(self._ask())
             except RefusedError:
                 self.tally.refused += 1
             except OSError:
-                continue
+                self.tally.failed += 1
 
     def _check(self, answer: Answer) -> None:
         before, after = self._expected(answer.admitted), self._expected(answer.version)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from weightsync_contract.messages import TransferState, VersionId
@@ -95,7 +96,8 @@ class Story:
 
     def _add(self, server: Server) -> None:
         self._servers.append(server)
-        traffic = Traffic(server.spec.name, server.port, self.prompt, TOKENS, self._expected.get)
+        question = partial(ask, server.port, self.prompt, TOKENS)
+        traffic = Traffic(server.spec.name, question, self._expected.get)
         self._traffic.append(traffic)
         traffic.start()
 
