@@ -11,6 +11,13 @@ LABEL_INJECT: Final = f"{GROUP}/inject"
 LABEL_ROLE: Final = f"{GROUP}/role"
 LABEL_NAME: Final = f"{GROUP}/name"
 ANNOTATION_ACTION: Final = f"{GROUP}/action"
+LABEL_CA_OF: Final = f"{GROUP}/ca-of"
+"""On the authority's Secret and ConfigMaps: the namespace of the operator that they belong to."""
+
+CA_NAME: Final = "weightsync-ca"
+"""The Secret with the operator's own authority, and the ConfigMap with what agents are to trust."""
+CA_FILE: Final = "ca.crt"
+"""The ConfigMap's key: a bundle of certificates (PEM)."""
 
 TOKEN_AUDIENCE: Final = "weightsync"
 LEASE_NAME: Final = "weightsync-operator"

@@ -58,6 +58,11 @@ class Reason(StrEnum):
     CONFLICT = "Conflict"
     CAPABILITY_MISSING = "CapabilityMissing"
     AGENT_MISSING = "AgentMissing"
+    # Events only: what agents check the operator's certificate with
+    AUTHORITY_REPLACED = "AuthorityReplaced"
+    AUTHORITY_NOT_OURS = "AuthorityNotOurs"
+    BUNDLE_NOT_OURS = "BundleNotOurs"
+    BUNDLE_NOT_WRITTEN = "BundleNotWritten"
 
 
 class Outcome(StrEnum):

@@ -10,6 +10,7 @@ from weightsync_operator.app import run_until_signal
 from weightsync_operator.kube.connection import Connection
 from weightsync_operator.kube.errors import ConfigurationError
 from weightsync_operator.lease import LeaseLostError
+from weightsync_operator.pki.certificates import UnusableError
 from weightsync_operator.reconcile import StoodDownError
 from weightsync_operator.settings import parse
 
@@ -31,7 +32,7 @@ def main() -> int:
         logging.shutdown()
         # At once, and without waiting for threads that still talk to the API server.
         os._exit(1)
-    except ConfigurationError as error:
+    except (ConfigurationError, UnusableError) as error:
         log.error("can't start", error=error)
         return 2
     except OSError as error:

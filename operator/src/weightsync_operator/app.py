@@ -12,7 +12,7 @@ from aiohttp import web
 from weightsync_contract import logs
 from weightsync_operator.core.decide import decide
 from weightsync_operator.core.memory import Memory
-from weightsync_operator.core.model import PodView
+from weightsync_operator.core.model import Note, PodView
 from weightsync_operator.fleet import FleetServer
 from weightsync_operator.health import Health
 from weightsync_operator.kube.api import Api
@@ -20,6 +20,9 @@ from weightsync_operator.kube.connection import Connection
 from weightsync_operator.kube.errors import KubeError
 from weightsync_operator.kube.reviews import User, may_read, review_token
 from weightsync_operator.lease import Elector, LeaseLostError
+from weightsync_operator.pki.authority import Authority, Place, service_names
+from weightsync_operator.pki.files import CertificateFiles
+from weightsync_operator.pki.serving import Serving
 from weightsync_operator.reconcile import Reconciler, StoodDownError
 from weightsync_operator.recorder import Recorder
 from weightsync_operator.servers import Ports
@@ -43,28 +46,33 @@ _WORKERS: Final = 4
 class Operator:
     """One replica. ``run`` returns when it was told to stop and raises when it must not go on.
 
-    Make it within the event loop that is to run it. Raises OSError if a port can't be had.
+    Make it within the event loop that is to run it. Raises OSError if a port can't be had, UnusableError if
+    a certificate can't be served with.
     """
 
     def __init__(self, settings: Settings, connection: Connection) -> None:
-        self._ports = Ports(settings)
+        self._serving = Serving() if settings.session_service or settings.session_cert else None
+        self._ports = Ports(settings, self._serving.context if self._serving else None)
         identity = f"{settings.identity}_{secrets.token_hex(4)}"
         self._api = Api(connection)
         self._store = Store()
         self._queue: WorkQueue[Key] = WorkQueue()
         self._health = Health(ticked_at=lambda: self._queue.ticked_at)
+        if self._serving:
+            self._health.certificate = self._serving.not_ready
         self._registry = Registry(self._agents_changed)
         self._recorder = Recorder(self._api, identity)
         self._leading = False
+        own_namespace = settings.lease_namespace or connection.namespace
         self._elector = Elector(
             self._api,
-            settings.lease_namespace or connection.namespace,
+            own_namespace,
             identity,
             f"{settings.advertised_host}:{self._ports.session}",
             settings.lease,
         )
         self._truth = Truth(
-            self._api, self._store, self._health, settings.namespace, self._queue.add, self._pod_gone
+            self._api, self._store, self._health, settings.namespace, self._enqueue, self._pod_gone
         )
         self._watch = Watch(
             connection, settings.namespace, self._truth.weightsync_event, self._truth.pod_event
@@ -79,6 +87,12 @@ class Operator:
             valid=self._elector.valid,
             record=self._recorder.record,
         )
+        self._authority, self._files = None, None
+        if self._serving and settings.session_service:
+            self._authority = self._make_authority(self._serving, settings, own_namespace)
+        elif self._serving:
+            files = Path(settings.session_cert), Path(settings.session_key)
+            self._files = CertificateFiles(self._serving, *files)
         log.info(
             "listening",
             identity=identity,
@@ -125,6 +139,9 @@ class Operator:
                 group.create_task(self._elector.run())
                 group.create_task(self._lead())
                 group.create_task(self._recorder.run())
+                for kept in (self._authority, self._files):
+                    if kept is not None:
+                        group.create_task(kept.run())
         except* (LeaseLostError, StoodDownError) as errors:
             raise _first(errors) from None
 
@@ -135,6 +152,8 @@ class Operator:
         self._leading = True
         for each in self._store.weightsyncs():
             self._queue.add(each.key)
+        if self._authority:
+            self._authority.wake()
         async with asyncio.TaskGroup() as group:
             for _ in range(_WORKERS):
                 group.create_task(self._reconcile_for_ever())
@@ -162,8 +181,31 @@ class Operator:
             finally:
                 self._queue.done(key)
 
+    def _make_authority(self, serving: Serving, settings: Settings, namespace: str) -> Authority:
+        def tell(note: Note, about: str) -> None:
+            for each in self._store.weightsyncs(about):
+                self._recorder.record(each, note)
+
+        return Authority(
+            self._api,
+            serving,
+            Place(namespace, service_names(settings.session_service, namespace), settings.session_addresses),
+            settings.pki,
+            lambda: (each.ref.namespace for each in self._store.weightsyncs()),
+            self._leads,
+            tell,
+        )
+
+    def _enqueue(self, key: Key) -> None:
+        self._queue.add(key)
+        if self._authority:
+            self._authority.look(key[0])
+
+    def _leads(self) -> bool:
+        return self._leading and self._elector.valid()
+
     def _leadership(self) -> Leadership:
-        if self._leading and self._elector.valid():
+        if self._leads():
             return Leadership(ready=True)
         own = self._elector.elected.is_set()
         return Leadership(ready=False, address="" if own else self._elector.leader_address)

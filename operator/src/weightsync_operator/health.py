@@ -26,6 +26,8 @@ class Health:
     clock: Callable[[], float] = time.monotonic
     heard_at: float = 0.0
     listed: bool = False
+    certificate: Callable[[], str] = lambda: ""
+    """Why no agent could check who answers it; empty if all can."""
 
     def heard(self) -> None:
         """The API server has just told something."""
@@ -51,4 +53,6 @@ class Health:
     async def _readyz(self, _: web.Request) -> web.Response:
         if not self.listed:
             return web.Response(status=503, text="WeightSyncs and pods were not listed yet\n")
+        if trouble := self.certificate():
+            return web.Response(status=503, text=f"{trouble}\n")
         return web.Response(text="ok\n")

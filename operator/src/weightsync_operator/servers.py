@@ -13,10 +13,10 @@ from weightsync_operator.settings import Settings
 class Ports:
     """The listening sockets of a replica. Raises OSError naming the port that can't be had."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tls: ssl.SSLContext | None = None) -> None:
         self._session = _listen(settings.session_host, settings.session_port)
         self._health = _listen(settings.session_host, settings.health_port)
-        self._tls = _tls(settings)
+        self._tls = tls
         self._runners: list[web.AppRunner] = []
 
     @property
@@ -61,12 +61,3 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise OSError(error.errno, f"can't listen on {host} port {port}: {error.strerror}") from error
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if not settings.session_cert:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(settings.session_cert, settings.session_key)
-    return context

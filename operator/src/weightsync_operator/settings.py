@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Final
 from weightsync_contract import logs
 from weightsync_contract.names import HEALTH_PORT, SESSION_PORT
 from weightsync_operator.lease import LeaseTimes
+from weightsync_operator.pki.times import PkiTimes
 
 _DESCRIPTION: Final = """\
 Keep fleets of inference pods on their trainers' newest weights.
@@ -24,9 +26,14 @@ _EPILOG: Final = """\
 examples:
   on your machine, for the cluster that kubectl talks to:
       weightsync-operator --namespace default
-  in a pod, for the whole cluster:
+  in a pod, for the whole cluster, with an authority of its own:
+      weightsync-operator --session-service weightsync-operator --log-format json
+  the same with a certificate that somebody else keeps, as cert-manager does:
       weightsync-operator --session-cert /tls/tls.crt --session-key /tls/tls.key --log-format json
 """
+
+_LABEL: Final = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_SERVICE: Final = re.compile(rf"{_LABEL}(\.{_LABEL}(\.svc)?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,8 @@ class Settings:
     session_port: int = SESSION_PORT
     session_cert: str = ""
     session_key: str = ""
+    session_service: str = ""
+    pki: PkiTimes = field(default_factory=PkiTimes)
     advertise_host: str = ""
     health_port: int = HEALTH_PORT
     ports_file: str = ""
@@ -53,6 +62,15 @@ class Settings:
         """Where other machines find the session server of this replica."""
         return self.advertise_host or self.session_host
 
+    @property
+    def session_addresses(self) -> tuple[str, ...]:
+        """IP addresses that the replica is dialled at."""
+        try:
+            address = ipaddress.ip_address(self.advertised_host)
+        except ValueError:
+            return ()
+        return () if address.is_unspecified else (str(address),)
+
 
 def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the command line. Exits, as argparse does, with a sentence for what can't be."""
@@ -60,14 +78,18 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = o
     given = parser.parse_args(arguments)
     if bool(given.session_cert) != bool(given.session_key):
         parser.error("--session-cert and --session-key go together: give both or none")
-    host = given.session_host or ("0.0.0.0" if given.session_cert else "127.0.0.1")  # noqa: S104
-    if not given.session_cert and not is_loopback(host):
+    if given.session_cert and given.session_service:
+        parser.error("--session-service makes certificates, --session-cert reads one: give one of the two")
+    encrypted = bool(given.session_cert or given.session_service)
+    host = given.session_host or ("0.0.0.0" if encrypted else "127.0.0.1")  # noqa: S104
+    if not encrypted and not is_loopback(host):
         parser.error(
             f"--session-host {host} without a certificate would send tokens in the clear: give "
-            "--session-cert and --session-key, or leave --session-host out"
+            "--session-service, or --session-cert and --session-key, or leave --session-host out"
         )
     try:
         lease = LeaseTimes(given.lease_duration, given.lease_renew, given.lease_retry)
+        pki = PkiTimes(given.ca_lifetime, given.certificate_lifetime, given.ca_grace, given.ca_check)
     except ValueError as error:
         parser.error(str(error))
     return Settings(
@@ -78,6 +100,8 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = o
         session_port=given.session_port,
         session_cert=given.session_cert,
         session_key=given.session_key,
+        session_service=given.session_service,
+        pki=pki,
         advertise_host=given.advertise_host or environ.get("POD_IP", ""),
         health_port=given.health_port,
         ports_file=given.ports_file,
@@ -126,14 +150,54 @@ def _parser() -> argparse.ArgumentParser:
         "--session-port", type=_port, default=SESSION_PORT, metavar="PORT", help=_port_help(SESSION_PORT)
     )
     session.add_argument(
-        "--session-cert", default="", metavar="FILE", help="certificate chain (PEM), for wss://"
+        "--session-service",
+        type=_service,
+        default="",
+        metavar="NAME",
+        help="keep an authority of its own (Secret weightsync-ca; its certificates in a ConfigMap of the same "
+        "name wherever there is a WeightSync) and serve wss:// as this Service of its namespace",
     )
-    session.add_argument("--session-key", default="", metavar="FILE", help="its private key (PEM)")
+    session.add_argument(
+        "--session-cert",
+        default="",
+        metavar="FILE",
+        help="certificate chain (PEM) for wss://, read again when it changes",
+    )
+    session.add_argument(
+        "--session-key", default="", metavar="FILE", help="its private key (PEM), not encrypted"
+    )
     session.add_argument(
         "--advertise-host",
         default="",
         metavar="HOST",
         help="where followers send agents to when this replica leads; else POD_IP, else --session-host",
+    )
+
+    defaults = PkiTimes()
+    authority = parser.add_argument_group("the operator's own authority (--session-service); seconds")
+    authority.add_argument(
+        "--ca-lifetime",
+        type=float,
+        default=defaults.authority,
+        metavar="S",
+        help="of an authority; the next one is made at two thirds; a year",
+    )
+    authority.add_argument(
+        "--certificate-lifetime",
+        type=float,
+        default=defaults.certificate,
+        metavar="S",
+        help="of a serving certificate, renewed at half; a day",
+    )
+    authority.add_argument(
+        "--ca-grace",
+        type=float,
+        default=defaults.grace,
+        metavar="S",
+        help="what kubelets are given to bring a changed ConfigMap into pods before a new authority signs; 600",
+    )
+    authority.add_argument(
+        "--ca-check", type=float, default=defaults.check, metavar="S", help="between two looks at it all; 30"
     )
 
     replica = parser.add_argument_group("this replica")
@@ -155,7 +219,10 @@ def _parser() -> argparse.ArgumentParser:
 
     lease = parser.add_argument_group("the Lease; seconds")
     lease.add_argument(
-        "--lease-namespace", default="", metavar="NS", help="else POD_NAMESPACE, else the context's"
+        "--lease-namespace",
+        default="",
+        metavar="NS",
+        help="the operator's own, with the Secret weightsync-ca, too; else POD_NAMESPACE, else the context's",
     )
     lease.add_argument(
         "--lease-duration",
@@ -169,6 +236,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     lease.add_argument("--lease-retry", type=float, default=2.0, metavar="S", help="between two tries; 2")
     return parser
+
+
+def _service(text: str) -> str:
+    if text and not _SERVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no Service: give NAME or NAME.NAMESPACE.svc")
+    return text
 
 
 def _port(text: str) -> int:

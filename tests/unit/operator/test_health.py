@@ -54,3 +54,17 @@ async def test_the_routes_say_it() -> None:
         assert "the queue stands still" in await answer.text()
         # Not ready would take an otherwise fine follower out of a Service that agents dial.
         assert (await http.get("/readyz")).status == 200
+
+
+async def test_without_a_certificate_nobody_is_sent_here() -> None:
+    clock = Clock()
+    health = health_at(clock)
+    health.listed = True
+    health.certificate = lambda: "no certificate yet"
+    app = web.Application()
+    health.add_routes(app)
+    async with TestClient(TestServer(app)) as http:
+        answer = await http.get("/readyz")
+        assert (answer.status, await answer.text()) == (503, "no certificate yet\n")
+        # A restart would bring none.
+        assert (await http.get("/healthz")).status == 200

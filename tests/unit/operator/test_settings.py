@@ -21,6 +21,26 @@ def test_with_a_certificate_everybody_can() -> None:
     assert (settings.session_host, settings.advertised_host) == ("0.0.0.0", "10.1.2.3")
 
 
+def test_as_a_service_everybody_can() -> None:
+    settings = parse(["--session-service", "op.system.svc"], environ={"POD_IP": "10.1.2.3"})
+    assert (settings.session_host, settings.session_addresses) == ("0.0.0.0", ("10.1.2.3",))
+    assert parse(["--session-service", "op"], environ={}).session_addresses == ()
+
+
+def test_a_certificate_has_one_source(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ("--session-service", "op", "--session-cert", "c", "--session-key", "k")
+    assert "give one of the two" in refused(capsys, *both)
+
+
+@pytest.mark.parametrize("service", ["Op", "a b", "op.ns.svc.cluster.local", "-op", "op:8443"])
+def test_a_service_that_is_none(capsys: pytest.CaptureFixture[str], service: str) -> None:
+    assert "is no Service" in refused(capsys, f"--session-service={service}")
+
+
+def test_an_authority_too_short_to_be_rotated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "too short to be rotated" in refused(capsys, "--ca-lifetime", "3600")
+
+
 def test_tokens_never_go_in_the_clear(capsys: pytest.CaptureFixture[str]) -> None:
     assert "would send tokens in the clear" in refused(capsys, "--session-host", "0.0.0.0")
     assert "go together" in refused(capsys, "--session-cert", "c")

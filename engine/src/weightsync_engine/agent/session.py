@@ -6,7 +6,6 @@ sent again when there was silence. Losing it changes nothing but that nobody hea
 
 import asyncio
 import random
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from weightsync_engine.agent.core.events import (
     SessionClosed,
     SessionOpened,
 )
+from weightsync_engine.agent.trust import context_of, explain
 
 log = logs.get(__name__)
 
@@ -114,7 +114,8 @@ class Session:
                         await self._talk(socket, welcome)
                 except (_ClosedError, aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
                     refused = error.refused if isinstance(error, _ClosedError) else None
-                    log.warning("session closed" if opened else "no session", why=_why(error))
+                    why = explain(error, self._url(address), self._operator.ca_file) or _why(error)
+                    log.warning("session closed" if opened else "no session", why=why)
                 finally:
                     if opened:
                         self._post(SessionClosed())
@@ -129,11 +130,10 @@ class Session:
                 await asyncio.sleep(_backoff(failures, refused))
 
     async def _dial(self, http: aiohttp.ClientSession, address: str) -> aiohttp.ClientWebSocketResponse:
-        base = urlsplit(self._operator.url)
-        url = address if "://" in address else f"{base.scheme}://{address or base.netloc}"
+        base, url = urlsplit(self._operator.url), self._url(address)
         token = await asyncio.to_thread(self._operator.token_file.read_text)
         secure = urlsplit(url).scheme == "wss"
-        context = await asyncio.to_thread(self._context) if secure else None
+        context = await asyncio.to_thread(context_of, self._operator.ca_file) if secure else None
         return await http.ws_connect(
             url.rstrip("/") + SESSION_PATH,
             headers={"Authorization": f"Bearer {token.strip()}"},
@@ -143,8 +143,9 @@ class Session:
             server_hostname=base.hostname if secure else None,
         )
 
-    def _context(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self._operator.ca_file)
+    def _url(self, address: str) -> str:
+        base = urlsplit(self._operator.url)
+        return address if "://" in address else f"{base.scheme}://{address or base.netloc}"
 
     async def _introduce(self, socket: aiohttp.ClientWebSocketResponse) -> Welcome:
         await socket.send_str(encode(self._hello()))
