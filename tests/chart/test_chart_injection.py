@@ -1,16 +1,17 @@
 """The policies of the chart at a real API server: which pods come out, and which are refused."""
 
-import copy
 import json
+import re
 
 import pytest
-import yaml
 from chart_pods import RESTRICTED, Object, container, create, new_pod, without_agent
 from chart_release import ROOT
 
 from weightsync_contract import names
+from weightsync_contract.messages import PodRef
 from weightsync_demo.kube.apiserver import ApiServer
 from weightsync_demo.kube.errors import KubectlError
+from weightsync_engine.agent.config import parse as parse_agent
 
 AGENT = "weightsync-agent"
 OWN_MOUNT = {"name": "weightsync-run", "mountPath": "/run/weightsync"}
@@ -20,6 +21,20 @@ OWN_ENV = {"name": "WEIGHTSYNC_DIR", "value": "/run/weightsync"}
 def agent_of(pod: Object) -> Object:
     (agent,) = (each for each in pod["spec"]["initContainers"] if each["name"] == AGENT)
     return agent
+
+
+def environment(container: Object, pod: Object) -> dict[str, str]:
+    """A container's environment as a kubelet makes it: what a field does not have is empty."""
+    env = {}
+    for each in container["env"]:
+        value = each.get("value")
+        if value is None:
+            path = each["valueFrom"]["fieldRef"]["fieldPath"]
+            kind, field, key = re.fullmatch(r"(\w+)\.(\w+)(?:\['(.*)'\])?", path).groups()
+            found = pod[kind].get(field, "")
+            value = found if key is None else dict(found or {}).get(key, "")
+        env[each["name"]] = value
+    return env
 
 
 def test_a_bare_pod_gets_an_agent_and_all_that_belongs_to_it(installed: ApiServer, place: str) -> None:
@@ -78,6 +93,33 @@ def test_a_bare_pod_gets_an_agent_and_all_that_belongs_to_it(installed: ApiServe
     assert (engine["volumeMounts"], engine["env"]) == ([OWN_MOUNT], [OWN_ENV])
     untouched = create(installed, new_pod(place, inject=None))
     assert without_agent(pod) == untouched["spec"]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "engine", "rate"),
+    [
+        ({}, "http://127.0.0.1:8000", 0),
+        (
+            {"weightsync.dev/engine-url": "http://127.0.0.1:9000", "weightsync.dev/limit-rate": "200MiB"},
+            "http://127.0.0.1:9000",
+            200 << 20,
+        ),
+    ],
+)
+def test_the_agent_understands_what_it_is_given(
+    installed: ApiServer, place: str, annotations: dict[str, str], engine: str, rate: int
+) -> None:
+    pod = create(installed, new_pod(place, annotations=annotations))
+    pod["status"]["podIP"] = "10.0.0.9"
+    config = parse_agent([], environment(agent_of(pod), pod))
+    assert (config.role, config.engine_url, config.limit_rate) == ("inference", engine, rate)
+    assert config.pod == PodRef(place, "engine-0", pod["metadata"]["uid"])
+    assert (config.pod_ip, config.health_port, config.log_format) == ("10.0.0.9", 8081, "json")
+    mounted = {each["mountPath"] for each in agent_of(pod)["volumeMounts"]}
+    assert config.operator_ca
+    assert {str(config.directory), str(config.state_directory)} <= mounted
+    assert {str(config.token_file.parent), str(config.operator_ca.parent)} <= mounted
+    assert config.operator_ca.name == names.CA_FILE
 
 
 @pytest.mark.parametrize("role", ["trainer", "inference"])
@@ -187,13 +229,10 @@ def test_the_agent_runs_under_what_kubernetes_calls_restricted(installed: ApiSer
     # The namespace refuses anything else: a pod that is less than that does not come in.
     with pytest.raises(KubectlError, match='violates PodSecurity "restricted'):
         create(installed, new_pod(place, {"name": "engine", "image": "any"}))
-    warned = copy.deepcopy(new_pod(place))
-    assert agent_of(create(installed, warned))["securityContext"]["runAsNonRoot"] is True
+    assert agent_of(create(installed, new_pod(place)))["securityContext"]["runAsNonRoot"] is True
 
 
 def test_the_names_in_the_chart_are_those_of_the_contract() -> None:
     chart = "".join(path.read_text() for path in (ROOT / "charts/weightsync/templates").iterdir())
-    assert names.LABEL_INJECT in chart
-    assert names.LABEL_ROLE in chart
-    (crd,) = (ROOT / "crds").glob("*.yaml")
-    assert f"{yaml.safe_load(crd.read_text())['metadata']['name']}" in chart
+    for name in (names.LABEL_INJECT, names.LABEL_ROLE, names.CA_NAME, names.CA_FILE, names.LEASE_NAME):
+        assert name in chart

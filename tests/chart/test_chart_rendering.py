@@ -10,6 +10,7 @@ import yaml
 from chart_release import CHART, REFUSAL_KIND, ROOT, Helm, HelmError, Object, named
 
 from weightsync_contract import names
+from weightsync_operator.settings import parse as parse_operator
 
 VALUES = sorted((Path(__file__).parent / "values").glob("*.yaml"))
 RBAC = ("Role", "ClusterRole")
@@ -138,6 +139,21 @@ def test_agents_dial_the_service_that_the_certificate_is_for(helm: Helm) -> None
 def test_the_ports_are_those_that_the_operator_listens_on(helm: Helm) -> None:
     ports = {port["name"]: port["containerPort"] for port in operator(helm.template())["ports"]}
     assert ports == {"session": names.SESSION_PORT, "health": names.HEALTH_PORT}
+
+
+@pytest.mark.parametrize("values", [None, *VALUES], ids=lambda path: path.stem if path else "defaults")
+def test_the_operators_flags_are_flags(helm: Helm, values: Path | None) -> None:
+    objects = helm.template(*((values,) if values else ()))
+    container = operator(objects)
+    fields = {each["name"] for each in container["env"] if "valueFrom" in each}
+    assert fields == {"POD_NAMESPACE", "POD_NAME", "POD_IP"}
+    settings = parse_operator(container["args"], dict.fromkeys(fields, "10.0.0.9"))
+    # Where followers send agents to, and everywhere: the kubelet asks the pod's own address.
+    assert (settings.advertised_host, settings.session_host) == ("10.0.0.9", "0.0.0.0")
+    assert (settings.session_port, settings.health_port) == (names.SESSION_PORT, names.HEALTH_PORT)
+    if values is None:
+        assert (settings.namespace, settings.log_format) == ("", "json")
+        assert settings.session_service == "weightsync-operator.weightsync-system.svc"
 
 
 def test_images_go_by_their_digests(helm: Helm) -> None:
