@@ -6,10 +6,10 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format verify lock apiserver bench clean images
+.PHONY: help setup demo test unit lint format verify lock apiserver cluster-up cluster-down e2e bench clean images
 
 help: ## print this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv from the locks; does nothing if it is there (PYTHON=python3.12 names another Python)
 	@$(PYTHON) scripts/setup_env.py
@@ -40,6 +40,16 @@ lock: setup ## resolve requirements/*.in anew (ARGS="--upgrade-package kopf")
 
 apiserver: setup ## build the API server that the demo and the tests use, once
 	@$(BIN)/python -m weightsync_demo.kube $(ARGS)
+
+cluster-up: setup ## a Kubernetes cluster of two real nodes on this machine (Linux, root)
+	@PYTHONPATH=tests/cluster $(BIN)/python -m weightsync_cluster up $(ARGS)
+
+cluster-down: setup ## remove that cluster, whatever state it is in
+	@PYTHONPATH=tests/cluster $(BIN)/python -m weightsync_cluster down $(ARGS)
+
+# CI=true: what is missing is built, and fails the run where it can't be.
+e2e: setup ## all end-to-end tests, on a cluster of their own (ARGS="--kubeconfig F --context C" names another)
+	@CI=true $(BIN)/python -m pytest tests/e2e --ignore=tests/e2e/test_demo.py $(ARGS)
 
 bench: setup ## one benchmark (NAME=host_path, orchestration or publish; ARGS="--write")
 	@$(BIN)/python benchmarks/$(or $(NAME),host_path).py $(ARGS)

@@ -144,7 +144,7 @@ class Cluster(KubectlCluster):
         machine.release()
 
     def _prepare_node(self, name: str) -> None:
-        for archive in self._tools.images:
+        for archive in (self._tools.pause, self._tools.busybox):
             self._import(name, archive)
         self._wait_for_node(name)
 

@@ -56,6 +56,12 @@ class Unit:
             if not answers(self._after[0]):
                 return
             self._after.pop(0)
+        try:
+            self.pid = self._start()
+        except OSError as error:
+            self.ended(str(error))
+
+    def _start(self) -> int:
         with Path(self._spec["log"]).open("ab") as log:
             process = subprocess.Popen(
                 self._spec["command"],
@@ -69,10 +75,10 @@ class Unit:
             )
         # Reaped by its pid with everybody else; Popen would only wait for it a second time.
         process.returncode = 0
-        self.pid = process.pid
+        return process.pid
 
-    def ended(self, status: int) -> None:
-        print(f"{self.name} ended: {os.waitstatus_to_exitcode(status)}", flush=True)
+    def ended(self, how: str) -> None:
+        print(f"{self.name} ended: {how}", flush=True)
         self.pid = None
         self._not_before = time.monotonic() + RESTART_AFTER_S
 
@@ -87,7 +93,7 @@ def reap(units: list[Unit]) -> None:
             return
         for unit in units:
             if unit.pid == pid:
-                unit.ended(status)
+                unit.ended(f"status {os.waitstatus_to_exitcode(status)}")
 
 
 def main() -> int:

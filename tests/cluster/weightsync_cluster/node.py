@@ -134,6 +134,7 @@ def _kubelet(etc: Path, node: Node, cgroup: str) -> dict[str, object]:
         "registryPullQPS": 0,
         "nodeLeaseDurationSeconds": LEASE_S,
         "nodeStatusUpdateFrequency": "4s",
+        "nodeStatusReportFrequency": "1m",
         "kubeAPIQPS": 100,
         "kubeAPIBurst": 200,
     }
@@ -147,7 +148,7 @@ def _proxy(etc: Path, node: Node) -> dict[str, object]:
         "mode": "nftables",
         "clusterCIDR": POD_NETWORK,
         "hostnameOverride": node.name,
-        "nodeIPOverride": [node.address],
+        "bindAddress": node.address,
         # These limits are the whole machine's.
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
         "nftables": {"minSyncPeriod": "100ms", "syncPeriod": "30s"},

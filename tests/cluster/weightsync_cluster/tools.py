@@ -64,9 +64,14 @@ class Tools:
         return self.root / "usr/lib/cni"
 
     @property
-    def images(self) -> list[Path]:
-        """The image that holds a pod's namespaces, and busybox."""
-        return sorted((self.root / "images").glob("*.tar"))
+    def pause(self) -> Path:
+        """The image of the process that holds a pod's namespaces."""
+        return self.root / "images" / "pause.tar"
+
+    @property
+    def busybox(self) -> Path:
+        """The image that tests make small pods of."""
+        return self.root / "images" / "busybox.tar"
 
 
 def ensure_tools(progress: Callable[[str], None]) -> Tools:
