@@ -4,15 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from chart_pods import create, make_namespace, new_pod
+from chart_pods import POLICY_SECONDS, create, make_namespace, new_pod
 from chart_release import NAMESPACE, Helm
 from helm_binary import HelmMissingError, ensure_helm
 
 from weightsync_demo.kube.apiserver import ApiServer, run_apiserver
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.waiting import wait_for
-
-POLICY_SECONDS = 30.0
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +40,6 @@ def installed(helm: Helm, cluster: ApiServer) -> ApiServer:
     def injects() -> bool:
         return "initContainers" in create(cluster, new_pod(probe))["spec"]
 
-    # The API server reads new policies within a second or so of their making.
     wait_for(injects, POLICY_SECONDS, "the injection's policy to be in force", ignoring=(Exception,))
     return cluster
 

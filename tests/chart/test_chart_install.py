@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chart_pods import create, make_namespace
+from chart_pods import POLICY_SECONDS, container, create, make_namespace, new_pod
 from chart_release import CHART, NAMESPACE, RELEASE, Helm, as_arguments, named
 
 from weightsync_demo.kube.apiserver import ApiServer, run_apiserver
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.kube.errors import KubectlError
+from weightsync_demo.waiting import wait_for
 
 VALUES = sorted((Path(__file__).parent / "values").glob("*.yaml"))
 
@@ -88,6 +89,8 @@ def test_a_release_comes_is_upgraded_and_goes_without_taking_a_weightsync_along(
     # What was left is taken up again by the next one.
     here.install(NAMESPACE)
     assert "weightsync" in here.run("list", f"--namespace={NAMESPACE}", "--short")
+    # Its policies are for all namespaces, the other tests' too.
+    here.run("uninstall", RELEASE, f"--namespace={NAMESPACE}")
 
 
 def test_two_releases_for_two_namespaces_stand_side_by_side(own: ApiServer, helm: Helm) -> None:
@@ -103,3 +106,30 @@ def test_two_releases_for_two_namespaces_stand_side_by_side(own: ApiServer, helm
         assert found["spec"]["matchConstraints"]["namespaceSelector"] == {
             "matchLabels": {"kubernetes.io/metadata.name": place}
         }
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (("Validating",), "put it into the pod's template, as examples/on-a-cluster/sidecar does"),
+        (("Validating", "Mutating"), "none was injected: is there still the MutatingAdmissionPolicy"),
+    ],
+)
+def test_a_pod_that_nobody_gave_its_agent_is_refused(
+    own: ApiServer, helm: Helm, kinds: tuple[str, ...], said: str
+) -> None:
+    place = make_namespace(own)
+    has = [f"admissionregistration.k8s.io/v1/{kind}AdmissionPolicy" for kind in kinds]
+    # The one that injects is left out, as if somebody had deleted it.
+    policies = helm.template(has=has, show="templates/refusal.yaml", watchNamespace=place)
+    own.kubectl("create", "--filename=-", stdin=yaml.safe_dump_all(policies))
+
+    def refusal() -> str:
+        try:
+            create(own, new_pod(place))
+        except KubectlError as error:
+            return str(error)
+        return ""
+
+    assert said in wait_for(refusal, POLICY_SECONDS, "the policy that refuses to be in force")
+    create(own, new_pod(place, initContainers=[container("weightsync-agent", restartPolicy="Always")]))

@@ -10,6 +10,9 @@ from weightsync_demo.kube.apiserver import ApiServer
 
 Object = dict[str, Any]
 
+POLICY_SECONDS = 30.0
+"""An API server reads a new policy within a second or so of its making."""
+
 RESTRICTED: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
