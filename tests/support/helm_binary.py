@@ -42,7 +42,7 @@ def ensure_helm() -> Path:
         found = shutil.which("helm")
         if found is None:
             raise HelmMissingError(
-                f"{error}; and there is none on PATH: install helm 3.17 or newer"
+                f"{error}; and there is none on PATH: install helm 4"
             ) from None
         return Path(found)
 
