@@ -163,8 +163,11 @@ def memory(nbytes: int) -> Iterator[int]:
 
 async def transfer(
     ranks: list[Rank], source: int, nbytes: int, digest: str, prepared: bool, verify: bool
-) -> float:
-    """Seconds from the commands until the last member's ``Received``. Each time into fresh memory."""
+) -> tuple[float, float]:
+    """Seconds from the commands until the last member's ``Received``, and until the last ``Unmapped``.
+
+    Each time into fresh memory.
+    """
     first, *others = ranks
     with contextlib.ExitStack() as stack:
         targets = [stack.enter_context(memory(nbytes)) for _ in others]
@@ -180,10 +183,13 @@ async def transfer(
         await first.child.send(protocol.Send(nbytes, LAYOUT, BUFFER_BYTES, NUM_BUFFERS, SECONDS), source)
         received = [await each.until(protocol.Received) for each in others]
         took = time.perf_counter() - began
+        for each in others:
+            await each.until(protocol.Unmapped)
+        unmapped = time.perf_counter() - began
         await first.until(protocol.Sent)
     if verify and any(each.digest != digest for each in received):
         raise SystemExit("a member has other bytes than were sent")
-    return took
+    return took, unmapped
 
 
 # ------------------------------------------------------------------------------------------ both in turn
@@ -205,6 +211,9 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
+Way = Callable[[], Coroutine[Any, Any, dict[str, float]]]
+
+
 async def measure(nbytes: int, members: int, rounds: int) -> dict[str, list[float]]:
     bare = await asyncio.to_thread(BareGroup, members, nbytes)
     content = os.urandom(1 << 20) * (nbytes // (1 << 20) + 1)
@@ -217,25 +226,32 @@ async def measure(nbytes: int, members: int, rounds: int) -> dict[str, list[floa
         del content
         async with group(members) as ranks:
 
-            def ours(prepared: bool, verify: bool) -> Callable[[], Coroutine[Any, Any, float]]:
-                return lambda: transfer(ranks, source, nbytes, digest, prepared, verify)
+            def ours(name: str, prepared: bool, verify: bool) -> Way:
+                async def once() -> dict[str, float]:
+                    received, unmapped = await transfer(ranks, source, nbytes, digest, prepared, verify)
+                    return {name: received, f"{name}, until unmapped": unmapped}
 
-            def theirs(how: str) -> Callable[[], Coroutine[Any, Any, float]]:
-                return lambda: asyncio.to_thread(bare.broadcast, how)
+                return once
 
-            ways = {
-                "bare gloo, whole": theirs("whole"),
-                "children": ours(True, True),
-                "bare gloo, pieces": theirs("pieces"),
-                "children, no digest": ours(True, False),
-                "children, memory not prepared": ours(False, True),
-            }
-            took: dict[str, list[float]] = {name: [] for name in ways}
+            def theirs(how: str) -> Way:
+                async def once() -> dict[str, float]:
+                    return {f"bare gloo, {how}": await asyncio.to_thread(bare.broadcast, how)}
+
+                return once
+
+            ways = (
+                theirs("whole"),
+                ours("children", prepared=True, verify=True),
+                theirs("pieces"),
+                ours("children, no digest", prepared=True, verify=False),
+                ours("children, memory not prepared", prepared=False, verify=True),
+            )
+            took: dict[str, list[float]] = {}
             for number in range(rounds + 1):
-                for name, way in ways.items():
-                    seconds = await way()
-                    if number:  # the first round warms up: connections, page tables, code
-                        took[name].append(seconds)
+                for way in ways:
+                    for name, seconds in (await way()).items():
+                        if number:  # the first round warms up: connections, page tables, code
+                            took.setdefault(name, []).append(seconds)
     await asyncio.to_thread(bare.close)
     return took
 

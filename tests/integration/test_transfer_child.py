@@ -57,18 +57,32 @@ async def test_every_member_gets_the_manifest_and_the_image(members: int, mode: 
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-async def test_what_was_received_can_be_sealed_at_once(prepared: bool) -> None:
+@pytest.mark.parametrize("verify", [True, False])
+async def test_what_was_received_can_be_sealed_once_it_is_unmapped(prepared: bool, verify: bool) -> None:
     async with ranks(2) as (first, other):
         with memory(IMAGE) as source, memory() as target:
             if prepared:
                 await other.tell(protocol.Prepare(MANIFEST.nbytes, SECONDS), target)
                 await other.until(protocol.Prepared)
-            await other.tell(receive(), target)
+            await other.tell(receive(verify=verify), target)
             await first.tell(send(), source)
             await other.until(protocol.Received)
+            await other.until(protocol.Unmapped)
             fcntl.fcntl(target, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
             with pytest.raises(PermissionError):
                 os.pwrite(target, b"x", 0)
+
+
+async def test_what_was_received_can_be_sealed_once_its_child_was_killed() -> None:
+    async with ranks(2) as (first, other):
+        with memory(IMAGE) as source, memory() as target:
+            await other.tell(receive(), target)
+            await first.tell(send(), source)
+            assert (await other.until(protocol.Received)).digest == DIGEST
+            other.child.kill()
+            assert await other.child.wait() == -signal.SIGKILL
+            fcntl.fcntl(target, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+            assert os.pread(target, MANIFEST.nbytes, 0) == IMAGE
 
 
 async def test_without_verification_no_digest_is_taken() -> None:

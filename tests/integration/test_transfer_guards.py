@@ -188,6 +188,39 @@ def test_a_child_ends_within_a_second_with_a_parent_that_was_killed(busy: bool) 
         assert time.monotonic() - began < 1.0
 
 
+def test_received_is_said_before_it_is_unmapped_and_no_deadline_of_the_transfer_ends_that() -> None:
+    """Memory that takes longer to give up than the transfer may take, as a fake: the child goes on after it."""
+    code = """
+        import socket, sys, time
+        from weightsync_engine.transfer import protocol
+        from weightsync_engine.transfer.child import Child
+        class Slow:
+            def close(self):
+                time.sleep(1.5)
+        class QuickChild(Child):
+            def _receive(self, command, fd):
+                self._filled = Slow()
+                self.say(protocol.Received("digest"))
+        QuickChild(socket.socket(fileno=int(sys.argv[1]))).run()
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs, memory() as target:
+        command = [sys.executable, "-c", textwrap.dedent(code), str(theirs.fileno())]
+        with subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as process:
+            theirs.close()
+            ours.settimeout(SECONDS)
+            lines = ours.makefile("rb")
+            assert protocol.decode_event(lines.readline()) == protocol.Started()
+            socket.send_fds(ours, [protocol.encode(receive(seconds=0.2))], [target])
+            assert protocol.decode_event(lines.readline()) == protocol.Received("digest")
+            began = time.monotonic()
+            assert protocol.decode_event(lines.readline()) == protocol.Unmapped()
+            assert time.monotonic() - began > 1.0
+            ours.shutdown(socket.SHUT_WR)
+            assert process.wait(5) == 0
+            lines.close()
+
+
 def test_a_call_that_hangs_is_ended_by_the_timer_and_said() -> None:
     """The one fake here: a command that never returns stands in for a hang inside of torch."""
     code = """

@@ -58,6 +58,8 @@ class Child:
     joined: bool = False
     frozen: bool = False
     layout: str = ""
+    slot: int = 0
+    """Memory that it has mapped."""
     moving: object = None
     started_version: VersionId | None = None
 
@@ -123,9 +125,25 @@ class Groups:
                     corrupt = self.clock.chance(0.01)
                     digest = "corrupt" if corrupt else order.wanted.digest
                     each.owner.bytes[order.slot] = digest
-                    self._later(each, ev.ChildReceived(each.number, digest))
+                    self._received(each, order.slot, digest)
 
         return tick
+
+    def _received(self, child: Child, slot: int, digest: str) -> None:
+        child.slot = slot
+
+        def said() -> None:
+            child.owner.from_child(child, ev.ChildReceived(child.number, digest))
+            # One in a hundred hangs.
+            if not self.clock.chance(0.01):
+                self.clock.soon(0.001, 0.3, unmapped)
+
+        def unmapped() -> None:
+            if child.alive and not child.frozen and child.slot == slot:
+                child.slot = 0
+                child.owner.from_child(child, ev.ChildUnmapped(child.number))
+
+        self.clock.soon(0.001, 0.05, said)
 
     def kill(self, child: Child, why: str = "") -> None:
         """It is gone; its peers notice, mostly soon."""
@@ -155,6 +173,7 @@ class SimAgent:
         self.incarnations = 0
         self.alive = False
         self.bytes: dict[int, str] = {}
+        self.sealed: set[int] = set()
         self.child: Child | None = None
         self.report: Callable[[SimAgent, Observed], None] = lambda *_: None
         self.nack: Callable[[SimAgent, object], None] = lambda *_: None
@@ -194,6 +213,7 @@ class SimAgent:
         self.alive = False
         self.life += 1
         self.bytes.clear()
+        self.sealed.clear()
         if self.child:
             self.groups.kill(self.child, "(agent died)")
             self.child = None
@@ -332,7 +352,7 @@ class SimAgent:
                 self.bytes[effect.slot] = ""
                 self.answer(0.001, 0.1, ev.StagingAllocated(effect.slot))
             case fx.SealStaging():
-                self.answer(0.0, 0.01, ev.StagingSealed(effect.slot))
+                self._seal(effect.slot)
             case fx.DropStaging():
                 self.bytes.pop(effect.slot, None)
             case fx.Retain():
@@ -347,6 +367,13 @@ class SimAgent:
                 pass
             case _:
                 self._perform_long(effect)
+
+    def _seal(self, slot: int) -> None:
+        if self.child is not None and self.child.slot == slot:
+            self.answer(0.0, 0.01, ev.StagingFailed(slot, "somebody still has it mapped"))
+        else:
+            self.sealed.add(slot)
+            self.answer(0.0, 0.01, ev.StagingSealed(slot))
 
     def _write(self, effect: fx.WriteJournal) -> None:
         def durable() -> None:
@@ -399,6 +426,7 @@ class SimAgent:
     def _apply(self, effect: fx.Apply) -> None:
         engine = self.engine
         digest = self.bytes.get(effect.slot, "")
+        assert effect.slot in self.sealed, f"{self.name} applies what is not sealed"
         self.history.applies(self.name, effect.version, digest)
         failed = ev.ApplyFailed(effect.boot, effect.slot, False, "unreachable")
         if not engine.up or engine.boot != effect.boot:

@@ -24,6 +24,7 @@ from weightsync_engine.agent.core.events import (
     ApplyDone,
     ChildReady,
     ChildReceived,
+    ChildUnmapped,
     DesiredReceived,
     EngineSeen,
     Event,
@@ -141,7 +142,8 @@ class Bench:
     def stage(self, version: VersionId = V1, **wants: Any) -> "Bench":
         """A member that has the version staged."""
         self.receive(version, **wants)
-        self.send(ChildReceived(self.state.transfer.child, digest(version)))
+        child = self.state.transfer.child
+        self.send(ChildReceived(child, digest(version)), ChildUnmapped(child))
         self.send(StagingSealed(self.state.staging.slot))
         return self
 

@@ -35,6 +35,14 @@ LAYOUTS = {version: f"layout-{version.version // 3}" for version in VERSIONS}
 
 
 @dataclass
+class Unmapping:
+    """A child gives up what it received into, some time."""
+
+    child: int
+    slot: int
+
+
+@dataclass
 class World:
     seed: int
     role: Role = Role.INFERENCE
@@ -60,6 +68,7 @@ class World:
         self.children: dict[int, str | None] = {}
         self.slots: dict[int, VersionId | None] = {}
         self.sealed: set[int] = set()
+        self.mapped: dict[int, int] = {}
         self.applying: int | None = None
         self.seen_sequence = (0, 0)
 
@@ -175,6 +184,7 @@ class World:
                     effect.slot in self.slots and effect.slot not in self.sealed,
                     "received into sealed memory",
                 )
+                self.mapped[effect.slot] = effect.child
                 self.command(effect.child, "receive")
             case do.KillChild():
                 pass
@@ -202,8 +212,9 @@ class World:
         self.demand((place.term, place.seq) >= self.seen_sequence or place.term == 0, "a sequence went back")
         self.seen_sequence = (place.term, place.seq)
         side = self.state.transfer
-        if observed(self.state).transfer.state is TransferState.STAGED:
-            self.demand(self.state.staging.slot in self.sealed, "staged but not sealed")
+        if place.transfer.state is TransferState.STAGED:
+            held = self.slots[self.state.staging.slot]
+            self.demand(held == place.transfer.version, f"told as staged, but holds {held}")
         if side.state in (TransferState.JOINED, TransferState.CHECKING, TransferState.RECEIVING):
             self.demand(side.child in self.children, "in a group without a child")
 
@@ -238,11 +249,18 @@ class World:
                 self.free(job.child, "allocate")
                 self.send(on.StagingAllocated(job.slot) if good else on.StagingFailed(job.slot, "no memory"))
             case do.SealStaging():
+                good = good and job.slot not in self.mapped
                 if good and job.slot in self.slots:
                     self.sealed.add(job.slot)
                 self.send(on.StagingSealed(job.slot) if good else on.StagingFailed(job.slot, "busy"))
+            case Unmapping() if job.child in self.children:
+                del self.mapped[job.slot]
+                self.send(on.ChildUnmapped(job.child))
+            case Unmapping():
+                pass
             case do.KillChild():
                 self.children.pop(job.child, None)
+                self.mapped = {slot: child for slot, child in self.mapped.items() if child != job.child}
                 self.send(on.ChildExited(job.child, "killed"))
             case _:
                 self.ended_command(job, good)
@@ -284,6 +302,7 @@ class World:
                 right = not self.fault(0.1)
                 if job.slot in self.slots:
                     self.slots[job.slot] = job.wanted.version if right else VersionId("wrong", 0)
+                self.jobs.append(Unmapping(child, job.slot))
                 self.send(on.ChildProgress(child, 500))
                 self.send(on.ChildReceived(child, job.wanted.digest if right else "wrong"))
 

@@ -26,6 +26,7 @@ from weightsync_engine.agent.core.events import (
     ChildReady,
     ChildReceived,
     ChildSent,
+    ChildUnmapped,
     EngineGone,
     EngineSeen,
     ManifestExchanged,
@@ -58,8 +59,8 @@ def test_a_transfer_in_its_order(member, kit):
         400,
         1000,
     )
-    assert member.send(ChildReceived(1, kit.digest(kit.V1))) == [SealStaging(1)]
-    assert member.told.transfer.state is TransferState.RECEIVING, "not staged before it is sealed"
+    assert member.send(ChildReceived(1, kit.digest(kit.V1))) == []
+    assert member.send(ChildUnmapped(1)) == [SealStaging(1)]
     member.send(StagingSealed(1))
     told = member.told.transfer
     assert (told.state, told.version, told.digest) == (TransferState.STAGED, kit.V1, kit.digest(kit.V1))
@@ -78,18 +79,19 @@ def test_bytes_that_are_not_those_published_are_given_back(member, kit):
 
 def test_without_verification_the_digest_is_not_looked_at(member, kit):
     member.join().check().receive(verify=False)
-    assert member.send(ChildReceived(1, "")) == [SealStaging(1)]
+    assert member.send(ChildReceived(1, ""), ChildUnmapped(1)) == [SealStaging(1)]
 
 
 def test_whether_to_verify_is_settled_when_the_transfer_begins(member, kit):
     member.join().check().receive()
     member.desire(group=kit.group(), wanted=kit.wanted(), verify=False)
-    assert SealStaging not in kinds(member.send(ChildReceived(1, "xxh3-128:other")))
+    assert SealStaging not in kinds(member.send(ChildReceived(1, "xxh3-128:other"), ChildUnmapped(1)))
 
 
 def test_memory_that_can_not_be_sealed_is_not_staged(member, kit):
     member.join().check().receive()
     member.send(ChildReceived(1, kit.digest(kit.V1)))
+    assert member.send(ChildUnmapped(1)) == [SealStaging(1)]
     assert kinds(member.send(StagingFailed(1, "somebody has it mapped"))) == [DropStaging]
     told = member.told.transfer
     assert (told.state, told.failure.code) == (TransferState.JOINED, FailureCode.STAGING_FAILED)
@@ -213,7 +215,9 @@ def test_what_is_being_applied_is_not_given_back(member, kit):
 def test_a_transfer_that_began_ends_before_the_next(member, kit):
     member.join().check().receive()
     assert member.desire(group=kit.group(), wanted=kit.wanted(kit.V2)) == []
-    did = member.send(ChildReceived(1, kit.digest(kit.V1)), StagingSealed(1), StagingAllocated(2))
+    did = member.send(ChildReceived(1, kit.digest(kit.V1)), ChildUnmapped(1))
+    assert kinds(did) == [SealStaging], "nothing else is had as long as it may be mapped"
+    did = member.send(StagingSealed(1), StagingAllocated(2))
     assert ReceiveVersion in kinds(did)
     assert [effect.wanted.version for effect in did if isinstance(effect, ReceiveVersion)] == [kit.V2]
 

@@ -1,20 +1,23 @@
-"""How staged memory is mapped, filled and given up, segment by segment."""
+"""How staged memory is mapped, filled and given up."""
 
 import fcntl
+import itertools
+import mmap
 import os
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from weightsync_engine.transfer import staging
 from weightsync_engine.transfer.flat import broadcast_image, spans
 from weightsync_engine.transfer.gloo import GlooCommunicator, GlooWork
-from weightsync_engine.transfer.staging import SEGMENT_BYTES, Staging, segment_bytes
+from weightsync_engine.transfer.staging import Staging
 
 PAGE = os.sysconf("SC_PAGESIZE")
-SEGMENT = 4 * PAGE
-NBYTES = 2 * SEGMENT + 256
+NBYTES = 8 * PAGE + 256
 
 
 @pytest.fixture
@@ -37,72 +40,63 @@ def seals(fd: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_what_is_written_by_segments_is_in_the_file(fd: int, prepared: bool) -> None:
+def test_what_is_written_is_in_the_file(fd: int) -> None:
     content = os.urandom(NBYTES)
-    staging = Staging(fd, NBYTES, SEGMENT)
-    if prepared:
-        staging.prepare()
-    for start in range(0, NBYTES, 1000):
-        for at in range(start, min(start + 1000, NBYTES)):
-            memory, offset = staging.place(at)
-            memory[offset] = content[at]
-    staging.close()
+    mapped = Staging(fd, NBYTES)
+    mapped.memory[:] = content
+    mapped.close()
     assert os.pread(fd, NBYTES, 0) == content
 
 
-def test_preparing_has_all_memory_and_a_place_has_its_segment(fd: int) -> None:
-    staging = Staging(fd, NBYTES, SEGMENT)
+def test_all_memory_is_had_before_anything_is_written(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightsync_engine.transfer.staging.STEP_BYTES", PAGE)
     assert allocated(fd) == 0
-    staging.place(SEGMENT + 5)
-    assert allocated(fd) == SEGMENT
-    staging.prepare()
+    Staging(fd, NBYTES).close()
     assert allocated(fd) >= NBYTES
-    staging.close()
 
 
-def test_a_segment_is_given_up_when_its_last_byte_is_there_and_not_before(fd: int) -> None:
-    staging = Staging(fd, NBYTES, SEGMENT)
-    staging.prepare()
-    memory, _ = staging.place(0)
-    staging.done(SEGMENT - 256)
-    assert not memory.closed
-    staging.done(SEGMENT)
-    assert memory.closed
+def test_a_file_that_is_mapped_is_not_sealed_and_one_that_was_closed_is(fd: int) -> None:
+    mapped = Staging(fd, NBYTES)
     assert not seals(fd)
-    staging.done(2 * SEGMENT)
-    assert not seals(fd)
-    staging.done(NBYTES)
+    mapped.close()
     assert seals(fd)
 
 
-def test_a_file_with_anything_mapped_is_not_sealed_and_closing_maps_nothing(fd: int) -> None:
-    staging = Staging(fd, NBYTES, SEGMENT)
-    staging.prepare()
-    assert not seals(fd)
-    staging.close()
+def test_closing_waits_for_who_still_has_a_piece(fd: int) -> None:
+    mapped = Staging(fd, NBYTES)
+    piece = memoryview(mapped.memory)[:256]
+    closing = threading.Thread(target=mapped.close)
+    closing.start()
+    try:
+        assert not seals(fd)
+    finally:
+        piece.release()
+        closing.join(10)
+    assert not closing.is_alive()
     assert seals(fd)
 
 
 def test_a_file_that_can_not_be_written_is_no_staging(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     with pytest.raises(OSError, match="not permitted"):
-        Staging(fd, NBYTES, SEGMENT).prepare()
+        Staging(fd, NBYTES)
 
 
-@pytest.mark.parametrize(
-    "nbytes", [256, SEGMENT_BYTES, SEGMENT_BYTES * 1024, SEGMENT_BYTES * 1024 + 256, 2 << 40]
-)
-def test_few_segments_however_large_the_image(nbytes: int) -> None:
-    segment = segment_bytes(nbytes)
-    assert segment % SEGMENT_BYTES == 0
-    assert -(-nbytes // segment) <= 1024
+def test_memory_that_is_not_there_is_an_error_and_not_a_signal(fd: int) -> None:
+    with mmap.mmap(fd, NBYTES, mmap.MAP_SHARED) as memory:
+        # Past its end a file has no pages, as beyond a container's limit.
+        os.ftruncate(fd, PAGE)
+        with pytest.raises(OSError, match=rf"bytes {PAGE} to {2 * PAGE} of the staging have no memory"):
+            staging._have(memory, fd, PAGE, PAGE)
 
 
-@pytest.mark.parametrize("longest", [SEGMENT_BYTES, 5_000_000, 3 * SEGMENT_BYTES])
-def test_no_piece_crosses_a_segment(longest: int) -> None:
-    for start, end in spans(2 * SEGMENT_BYTES + 512, longest):
-        assert start // SEGMENT_BYTES == (end - 1) // SEGMENT_BYTES
+@pytest.mark.parametrize("longest", [256, 5_000_000, 1 << 30])
+def test_pieces_cover_the_image_in_order(longest: int) -> None:
+    nbytes = (128 << 20) + 512 if longest > 256 else 1024
+    pieces = list(spans(nbytes, longest))
+    assert [pieces[0][0], pieces[-1][1]] == [0, nbytes]
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(pieces))
+    assert all(0 < end - start <= longest for start, end in pieces)
 
 
 class CountingGroup(GlooCommunicator):

@@ -44,6 +44,7 @@ from weightsync_engine.transfer.protocol import (
     Send,
     SendManifest,
     Sent,
+    Unmapped,
 )
 
 log = logs.get(__name__)
@@ -138,7 +139,7 @@ class Children:
         child.tell(command, self._staging.fd(order.slot))
 
     def seal(self, order: SealStaging) -> None:
-        """Make it unchangeable; the child that wrote it has no mapping of it any more."""
+        """Make it unchangeable. Refused, and said so, while anybody has it mapped for writing."""
         try:
             self._staging.seal(order.slot)
         except StagingError as error:
@@ -226,6 +227,8 @@ class Children:
                 self._post(core.ChildSent(number))
             case Received(digest):
                 self._post(core.ChildReceived(number, digest))
+            case Unmapped():
+                self._post(core.ChildUnmapped(number))
             case Failed(code, message):
                 self._failed(number, code, message)
 

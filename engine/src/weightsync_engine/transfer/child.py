@@ -56,6 +56,7 @@ class Child:
         self._rate = 0.0
         """Bytes a second of the last image that this rank sent to this group; 0 before the first."""
         self._prepared: staging.Staging | None = None
+        self._filled: staging.Staging | None = None
 
     def run(self) -> NoReturn:
         """Do what is told until the parent is gone."""
@@ -69,6 +70,7 @@ class Child:
                 finally:
                     if fd is not None:
                         os.close(fd)
+            self._unmap()
         # Threads of gloo may hang in a call: nothing here is worth waiting for them.
         os._exit(0)
 
@@ -171,8 +173,7 @@ class Child:
 
     def _prepare(self, command: protocol.Prepare, fd: int) -> None:
         self._forget()
-        self._prepared = staging.Staging(fd, command.nbytes, staging.segment_bytes(command.nbytes))
-        self._prepared.prepare()
+        self._prepared = staging.Staging(fd, command.nbytes)
         self.say(protocol.Prepared())
 
     def _forget(self) -> None:
@@ -181,15 +182,19 @@ class Child:
             prepared.close()
 
     def _staging(self, command: protocol.Receive, fd: int) -> staging.Staging:
-        """What was prepared, if it is this file and cut as it has to be."""
-        if command.mode is Mode.PER_TENSOR:
-            self._forget()
-            return staging.Staging(fd, command.nbytes, command.nbytes)
+        """What was prepared, if it is this file."""
         if self._prepared is None or self._prepared.key != staging.key(fd, command.nbytes):
             self._forget()
-            return staging.Staging(fd, command.nbytes, staging.segment_bytes(command.nbytes))
+            return staging.Staging(fd, command.nbytes)
         prepared, self._prepared = self._prepared, None
         return prepared
+
+    def _unmap(self) -> None:
+        """After ``Received`` and out of its deadline: nobody is to wait for it who only waits for the bytes."""
+        filled, self._filled = self._filled, None
+        if filled:
+            filled.close()
+            self.say(protocol.Unmapped())
 
     def _send(self, command: protocol.Send, fd: int) -> None:
         deadline = time.monotonic() + command.seconds
@@ -219,22 +224,18 @@ class Child:
         if longest < 1:
             raise TransportError(f"rank 0 announced pieces of {longest} bytes")
         digest = ImageDigest(command.layout)
-        target = self._staging(command, fd)
+        self._filled = self._staging(command, fd)
+        memory = self._filled.memory
 
         def piece(start: int, end: int) -> torch.Tensor:
-            memory, at = target.place(start)
-            return torch.frombuffer(memory, dtype=torch.uint8, count=end - start, offset=at)
+            return torch.frombuffer(memory, dtype=torch.uint8, count=end - start, offset=start)
 
         def done(start: int, end: int) -> None:
-            memory, at = target.place(start)
             if command.verify:
-                with memoryview(memory) as view, view[at : at + end - start] as part:
+                with memoryview(memory) as view, view[start:end] as part:
                     digest.update(part)
-            target.done(end)
 
         self._move(command, _pieces(command, longest), deadline, piece, done)
-        # No mapping of it is left: the parent can seal it.
-        target.close()
         self.say(protocol.Received(digest.value() if command.verify else ""))
 
     def _move(

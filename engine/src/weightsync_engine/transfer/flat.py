@@ -9,7 +9,6 @@ from torch import Tensor
 
 from weightsync_contract.manifest import Manifest, aligned
 from weightsync_engine.transfer.communicator import Communicator, Work
-from weightsync_engine.transfer.staging import segment_bytes
 
 PIECE_BYTES: Final = 64 << 20
 """Longest single broadcast: what came is hashed while the next ones move. Shorter ones cost more than they hide."""
@@ -29,12 +28,9 @@ def piece_bytes(buffer_bytes: int, rate: float) -> int:
 
 
 def spans(nbytes: int, longest: int) -> Iterator[Span]:
-    """Cut an image into (start, end), equally on every rank, and so that none crosses a cut of the staging."""
-    segment = segment_bytes(nbytes)
-    for base in range(0, nbytes, segment):
-        limit = min(base + segment, nbytes)
-        for start in range(base, limit, longest):
-            yield start, min(start + longest, limit)
+    """Cut an image into (start, end), equally on every rank."""
+    for start in range(0, nbytes, longest):
+        yield start, min(start + longest, nbytes)
 
 
 def tensor_spans(manifest: Manifest) -> Iterator[Span]:

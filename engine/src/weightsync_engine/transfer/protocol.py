@@ -89,9 +89,9 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """Member: fill the first ``nbytes`` of the file (fd): ``Progress`` each 200 ms, then ``Received``.
+    """Member: fill the first ``nbytes`` of the file (fd): ``Progress`` each 200 ms, ``Received``, ``Unmapped``.
 
-    When ``Received`` comes the child has no mapping of the file any more, so that it can be sealed.
+    ``seconds`` are those until ``Received``. Unmapping has no deadline here; who waits for it kills the child.
     """
 
     nbytes: int
@@ -165,6 +165,11 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmapped:
+    """The child has no mapping any more of the file that it received into: it can be sealed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The command failed and the child is ending: it is never used again."""
 
@@ -183,6 +188,7 @@ Event = (
     | Progress
     | Sent
     | Received
+    | Unmapped
     | Failed
 )
 
@@ -196,7 +202,7 @@ ANSWERS: Final[dict[type[Command], type[Event]]] = {
     ReceiveManifest: ManifestReceived,
     Prepare: Prepared,
     Send: Sent,
-    Receive: Received,
+    Receive: Unmapped,
 }
 """The event that ends each command when all went well."""
 

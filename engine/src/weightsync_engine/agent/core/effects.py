@@ -101,7 +101,7 @@ class AllocateStaging:
 
 @dataclass(frozen=True, slots=True)
 class SealStaging:
-    """Make it unchangeable. Answer: StagingSealed, StagingFailed."""
+    """Make it unchangeable, now that nobody has it mapped. Answer, at once: StagingSealed, StagingFailed."""
 
     slot: int
 
@@ -153,7 +153,10 @@ class SendVersion:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveVersion:
-    """Receive a version into staged memory. Answer: ChildProgress, then ChildReceived or ChildFailed."""
+    """Receive a version into staged memory.
+
+    Answer: ChildProgress, then ChildReceived and ChildUnmapped, or ChildFailed.
+    """
 
     child: int
     slot: int

@@ -155,6 +155,13 @@ class ChildReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildUnmapped:
+    """The child can't write any more to the memory that it received into."""
+
+    child: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChildSent:
     """All bytes have left rank 0. This proves nothing about who has them."""
 
@@ -238,6 +245,7 @@ Event = (
     | ManifestExchanged
     | ChildProgress
     | ChildReceived
+    | ChildUnmapped
     | ChildSent
     | ChildFailed
     | ChildExited

@@ -62,7 +62,9 @@ def _transfer(state: State) -> Transfer:
         failure=side.failure,
     )
     busy = side.state in (TransferState.CHECKING, TransferState.RECEIVING, TransferState.SENDING)
-    if not busy and staging.state is StagingState.STAGED and staging.wanted:
+    # All bytes are here and verified: the others are not kept waiting for the seal, only the commit is.
+    complete = staging.state in (StagingState.SEALING, StagingState.STAGED)
+    if not busy and complete and staging.wanted:
         quiet = side.state in (TransferState.IDLE, TransferState.JOINED)
         return replace(
             told,

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from weightsync_contract.messages import ServingState, TransferState
-from weightsync_engine.agent.core.effects import AllocateStaging, DropStaging, Effects
-from weightsync_engine.agent.core.state import StagingSide, StagingState, State
+from weightsync_engine.agent.core.effects import AllocateStaging, DropStaging, Effects, SealStaging
+from weightsync_engine.agent.core.state import SEAL_SECONDS, UNMAP_RATE, StagingSide, StagingState, State
 
 
 def allocate(state: State, nbytes: int) -> tuple[State, Effects]:
@@ -26,6 +26,23 @@ def drop_unfinished(state: State) -> tuple[State, Effects]:
     if state.staging.state in (StagingState.ALLOCATING, StagingState.WRITABLE):
         return drop(state)
     return state, ()
+
+
+def await_unmapping(state: State, now: float) -> State:
+    """Give the child that has it mapped its time, or the kernel the time to end that child."""
+    deadline = now + SEAL_SECONDS + state.staging.nbytes / UNMAP_RATE
+    return replace(state, staging=replace(state.staging, deadline=deadline))
+
+
+def mapped(state: State) -> bool:
+    """It is complete, and is sealed when its child has no mapping of it any more."""
+    return state.staging.state is StagingState.SEALING and state.staging.deadline > 0
+
+
+def seal(state: State) -> tuple[State, Effects]:
+    """Nobody has it mapped, as far as is known; the kernel refuses if somebody has."""
+    staging = replace(state.staging, deadline=0.0)
+    return replace(state, staging=staging), (SealStaging(staging.slot),)
 
 
 def in_use(state: State) -> bool:

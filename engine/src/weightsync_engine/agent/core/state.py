@@ -24,6 +24,10 @@ from weightsync_engine.permit import Permit
 
 ABORT_SECONDS: Final = 2.0
 """Longest wait for a killed child to be gone."""
+SEAL_SECONDS: Final = 5.0
+"""Longest that a child may take to give up what it received into, with a second on top for each UNMAP_RATE bytes."""
+UNMAP_RATE: Final = 1e9
+"""Bytes a second; it is some ten times as fast with pages of 4 KiB and a core of its own."""
 STALL_SECONDS: Final = 10.0
 """A transfer in which no byte moves for so long, once some did, has failed."""
 FENCE_WINDOW_SECONDS: Final = 600.0
@@ -119,7 +123,9 @@ class StagingState(StrEnum):
     ALLOCATING = "Allocating"
     WRITABLE = "Writable"
     SEALING = "Sealing"
+    """Complete and verified: told to the operator as staged, but not yet to be applied."""
     STAGED = "Staged"
+    """Sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,10 @@ class StagingSide:
     wanted: Wanted | None = None
     """What is in it: set once its receive began."""
     digest: str = ""
+    child: int = 0
+    """Who received it. It may have it mapped, until it says otherwise or is gone."""
+    deadline: float = 0.0
+    """Until when that child has to give it up; 0 unless it is waited for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from weightsync_engine.agent.core.events import (
     ChildReady,
     ChildReceived,
     ChildSent,
+    ChildUnmapped,
     DesiredReceived,
     EngineGone,
     EngineSeen,
@@ -135,7 +136,9 @@ def _hear(state: State, event: Event, now: float) -> Outcome:  # noqa: PLR0911, 
         case ChildProgress():
             return transfer.progress(state, event, now), ()
         case ChildReceived():
-            return transfer.received(state, event)
+            return transfer.received(state, event, now)
+        case ChildUnmapped():
+            return transfer.unmapped(state, event)
         case ChildSent():
             return transfer.sent(state, event), ()
         case ChildFailed():

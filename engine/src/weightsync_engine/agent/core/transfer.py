@@ -15,7 +15,6 @@ from weightsync_engine.agent.core.effects import (
     KillChild,
     OpenChild,
     ReceiveVersion,
-    SealStaging,
     SendVersion,
 )
 from weightsync_engine.agent.core.events import (
@@ -26,6 +25,7 @@ from weightsync_engine.agent.core.events import (
     ChildReady,
     ChildReceived,
     ChildSent,
+    ChildUnmapped,
     ManifestExchanged,
     StagingAllocated,
     StagingFailed,
@@ -77,8 +77,8 @@ def progress(state: State, event: ChildProgress, now: float) -> State:
     return _set(state, bytes=event.bytes, moved_at=now)
 
 
-def received(state: State, event: ChildReceived) -> Outcome:
-    """All bytes are here: only those that hash to what was published are kept, and sealed."""
+def received(state: State, event: ChildReceived, now: float) -> Outcome:
+    """All bytes are here: only those that hash to what was published are kept, and sealed once that can be done."""
     side, wanted = state.transfer, state.transfer.wanted
     if event.child != side.child or side.state is not TransferState.RECEIVING or wanted is None:
         return state, ()
@@ -86,8 +86,18 @@ def received(state: State, event: ChildReceived) -> Outcome:
     if side.verify and event.digest != wanted.digest:
         message = f"received {event.digest}, but {wanted.digest} was published; the memory was given back"
         return _declined(state, wanted.version, FailureCode.DIGEST_MISMATCH, message)
-    sealing = replace(state.staging, state=StagingState.SEALING, wanted=wanted, digest=event.digest)
-    return replace(state, staging=sealing), (SealStaging(sealing.slot),)
+    state = _set(state, state=TransferState.JOINED, wanted=None, moving=False, deadline=0.0)
+    sealing = replace(
+        state.staging, state=StagingState.SEALING, wanted=wanted, digest=event.digest, child=event.child
+    )
+    return staging.await_unmapping(replace(state, staging=sealing), now), ()
+
+
+def unmapped(state: State, event: ChildUnmapped) -> Outcome:
+    """The child that received it can't write to it any more."""
+    if not staging.mapped(state) or event.child != state.staging.child:
+        return state, ()
+    return staging.seal(state)
 
 
 def sent(state: State, event: ChildSent) -> State:
@@ -108,15 +118,18 @@ def child_failed(state: State, event: ChildFailed, now: float) -> Outcome:
 
 
 def child_exited(state: State, event: ChildExited, now: float) -> Outcome:
-    """The child is gone: as told, or on its own."""
+    """The child is gone: as told, or on its own. What it had mapped it has no more."""
+    effects: Effects = ()
+    if staging.mapped(state) and event.child == state.staging.child:
+        state, effects = staging.seal(state)
     side = state.transfer
     if event.child != side.child:
-        return state, ()
+        return state, effects
     if side.state is TransferState.ABORTING:
-        return _gone(state), ()
+        return _gone(state), effects
     message = event.message or "the transfer child ended without a word"
-    state, effects = _fail(state, FailureCode.CHILD_FAILED, message, now)
-    return _gone(state), tuple(each for each in effects if not isinstance(each, KillChild))
+    state, more = _fail(state, FailureCode.CHILD_FAILED, message, now)
+    return _gone(state), (*effects, *(each for each in more if not isinstance(each, KillChild)))
 
 
 # ---------------------------------------------------------------------------- the memory's answers
@@ -130,13 +143,10 @@ def allocated(state: State, event: StagingAllocated) -> State:
 
 
 def sealed(state: State, event: StagingSealed) -> State:
-    """The version is staged."""
+    """The version can be applied."""
     if event.slot != state.staging.slot or state.staging.state is not StagingState.SEALING:
         return state
-    state = replace(state, staging=replace(state.staging, state=StagingState.STAGED))
-    if _receiving_it(state):
-        return _set(state, state=TransferState.JOINED, wanted=None, moving=False, deadline=0.0)
-    return state
+    return replace(state, staging=replace(state.staging, state=StagingState.STAGED))
 
 
 def staging_failed(state: State, event: StagingFailed, now: float) -> Outcome:
@@ -144,10 +154,10 @@ def staging_failed(state: State, event: StagingFailed, now: float) -> Outcome:
     if event.slot != state.staging.slot or state.staging.state is StagingState.STAGED:
         return state, ()
     if state.staging.state is StagingState.SEALING and state.staging.wanted:
-        sealing, this = state.staging.wanted.version, _receiving_it(state)
+        sealing, waited = state.staging.wanted.version, _brought_it(state)
         state, dropped = staging.drop(state)
-        if not this:
-            # The group that it came from is gone; what goes on now is another's.
+        if not waited:
+            # The group that it came from is gone or does something else: it is just not staged any more.
             return state, dropped
         return _declined(state, sealing, FailureCode.STAGING_FAILED, event.message)[0], dropped
     if state.transfer.state is TransferState.RECEIVING:
@@ -160,10 +170,9 @@ def staging_failed(state: State, event: StagingFailed, now: float) -> Outcome:
     return _declined(state, version, FailureCode.STAGING_FAILED, event.message)
 
 
-def _receiving_it(state: State) -> bool:
-    """What is being sealed is what this group just brought, not what one before it brought."""
-    side = state.transfer
-    return side.state is TransferState.RECEIVING and side.moving and side.wanted == state.staging.wanted
+def _brought_it(state: State) -> bool:
+    """What is being sealed is what this group brought last, not what one before it brought."""
+    return state.transfer.state is TransferState.JOINED and state.transfer.child == state.staging.child
 
 
 # --------------------------------------------------------------------------------------- the rules
@@ -172,6 +181,8 @@ def _receiving_it(state: State) -> bool:
 def rules(state: State, now: float) -> Outcome:
     """One step on, if one is due. Returns the same object when nothing changes."""
     side, group = state.transfer, _wanted_group(state)
+    if staging.mapped(state) and now >= state.staging.deadline:
+        return _not_unmapped(state, now)
     if side.state is TransferState.ABORTING:
         return (_gone(state) if now >= side.deadline else state), ()
     if side.group and _key(side.group) != (_key(group) if group else None):
@@ -199,6 +210,8 @@ def wake_at(state: State) -> float | None:
     moments = [side.deadline] if side.deadline else []
     if side.state in MOVING and side.bytes:
         moments.append(side.moved_at + STALL_SECONDS)
+    if staging.mapped(state):
+        moments.append(state.staging.deadline)
     return min(moments, default=None)
 
 
@@ -240,6 +253,8 @@ def _leave(state: State, now: float) -> Outcome:
     """Nothing is said to the child: it may be in a call that never ends."""
     state, effects = staging.drop_unfinished(state)
     side = state.transfer
+    if staging.mapped(state) and side.child == state.staging.child:
+        state = staging.await_unmapping(state, now)
     if side.group:
         state = _set(state, broken=_key(side.group))
     if not side.child:
@@ -260,6 +275,17 @@ def _fail(state: State, code: FailureCode, message: str, now: float) -> Outcome:
     epoch = side.group.epoch if side.group else 0
     state = _set(state, failure=Failure(code, message, epoch, version))
     return _leave(state, now)
+
+
+def _not_unmapped(state: State, now: float) -> Outcome:
+    """Its end unmaps it too. One that can't even be killed may have it mapped: the kernel says so to who seals it."""
+    side, memory = state.transfer, state.staging
+    if side.child != memory.child or side.state is TransferState.ABORTING:
+        return staging.seal(state)
+    message = (
+        f"the transfer child did not give up its memory in time, after it had received {memory.nbytes} bytes"
+    )
+    return _fail(state, FailureCode.CHILD_FAILED, message, now)
 
 
 def _overdue(state: State, now: float) -> Outcome | None:
