@@ -1,6 +1,7 @@
 """A namespace with an operator's process and fake agents, for tests and benchmarks of whole rollouts."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from cluster_objects import ClusterObjects
 from fake_agents import FakeAgent, FakeNetwork
-from operator_process import OperatorProcess
+from operator_process import START_SECONDS, OperatorProcess
 
 from weightsync_contract.reasons import Role
 
@@ -24,22 +25,27 @@ class Operated:
         self.network = FakeNetwork()
         self.operators: list[OperatorProcess] = []
         self._kubeconfig, self._directory = kubeconfig, directory
+        self._numbers = itertools.count()
         self._stack = AsyncExitStack()
 
     async def start(
-        self, *arguments: str, kubeconfig: Path | None = None, lease: str = ""
+        self,
+        *arguments: str,
+        kubeconfig: Path | None = None,
+        lease: str = "",
+        ready_seconds: float = START_SECONDS,
     ) -> OperatorProcess:
         """One more replica."""
         namespace = self.objects.namespace
         operator = OperatorProcess(
             self._directory,
             kubeconfig or self._kubeconfig,
-            f"operator-{len(self.operators)}",
+            f"operator-{next(self._numbers)}",
             *(() if "--all-namespaces" in arguments else ("--namespace", namespace)),
             *("--lease-namespace", lease or namespace, *arguments),
         )
         self._stack.callback(end, operator)
-        await asyncio.to_thread(operator.start)
+        await asyncio.to_thread(operator.start, ready_seconds)
         self.operators.append(operator)
         return operator
 

@@ -42,14 +42,14 @@ class OperatorProcess:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
-        """Start it and wait until it is ready."""
+    def start(self, ready_seconds: float = START_SECONDS) -> None:
+        """Start it and wait until it is ready. Raises AssertionError, with its log, if it is not in time."""
         self._ports_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
         self._wait(self._ports_file.exists)
         self.ports = json.loads(self._ports_file.read_text())
-        self._wait(lambda: self.get("/readyz")[0] == 200)
+        self._wait(lambda: self.get("/readyz")[0] == 200, ready_seconds)
 
     def kill(self) -> None:
         """End it as a crash would."""
@@ -94,9 +94,9 @@ class OperatorProcess:
                 return int(line.split()[1]) / 1024
         raise AssertionError("no VmRSS")
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
+    def _wait(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while not condition():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()

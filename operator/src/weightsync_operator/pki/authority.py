@@ -85,7 +85,8 @@ class Authority:
         self._tell = tell
         self._clock = clock
         self._wake = asyncio.Event()
-        self._looked_at: frozenset[str] = frozenset()
+        self.looked_at: frozenset[str] = frozenset()
+        """Namespaces that the last look as the leader was about."""
         self._leaf: Leaf | None = None
         self._signed_by = ""
         self._said: dict[str, str] = {}
@@ -96,7 +97,7 @@ class Authority:
 
     def look(self, namespace: str) -> None:
         """Look at once if this namespace has not been looked at: it has a WeightSync now."""
-        if namespace not in self._looked_at and self._leads():
+        if namespace not in self.looked_at and self._leads():
             self._wake.set()
 
     async def run(self) -> None:
@@ -128,7 +129,7 @@ class Authority:
 
     async def _keep(self, seen: Seen, document: Document | None) -> Seen:
         """Everything that the leader does; answers what the Secret says afterwards."""
-        namespaces = self._looked_at = frozenset(self._namespaces())
+        namespaces = self.looked_at = frozenset(self._namespaces())
         for _ in range(_ROUNDS):
             wanted = seen.bundle if isinstance(seen, Authorities) else ""
             found = {each: await self._find_bundle(each) for each in sorted(namespaces)}
@@ -168,7 +169,7 @@ class Authority:
         return written
 
     async def _publish(self, bundle: str, into: Sequence[str], found: Mapping[str, "_Found"]) -> bool:
-        """Write ConfigMaps; whether there was one that could be."""
+        """Write ConfigMaps; whether any has changed, so that they are to be looked at once more."""
         written = False
         for name in into:
             if not self._leads():
@@ -176,6 +177,9 @@ class Authority:
             document = bundle_document(bundle, name, self._place.namespace, found[name].document)
             try:
                 await write_configmap(self._api, document)
+            except ConflictError:
+                # Somebody was faster: look at what it is now.
+                written = True
             except KubeError as error:
                 self._say(name, Reason.BUNDLE_NOT_WRITTEN, words.not_kept(name, error))
             else:
