@@ -36,7 +36,7 @@ PACKAGES = (
     "libxtables12",
 )
 # A change of what is made of the packages.
-RECIPE = "1"
+RECIPE = "2"
 NEEDED = ("apt-get", "dpkg")
 LOCK_TIMEOUT_S = 900.0
 DOWNLOAD_TIMEOUT_S = 600.0
