@@ -7,6 +7,7 @@ kind are. They use a cluster that is there already only if the command line name
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,9 @@ from weightsync_cluster.cluster import Cluster
 from weightsync_cluster.errors import ClusterError
 from weightsync_cluster.kind import KindCluster
 from weightsync_cluster.kubectl import KubectlCluster, Namespace
+from weightsync_cluster.slots import own_place
 from weightsync_cluster.tools import ensure_tools
 from weightsync_demo.kube.build import Binaries
-
-# Not the name that `make cluster-up` gives.
-NAME = "e2e"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,23 +43,40 @@ def cluster(
         context = request.config.getoption("--context")
         yield KubectlCluster(binaries.kubectl, kubeconfig.absolute(), context)
         return
-    try:
-        made: Cluster | KindCluster
-        if kind.available():
-            folder = tmp_path_factory.mktemp("kind")
-            made = KindCluster(f"weightsync-{NAME}", binaries.kubectl, folder)
-        else:
-            made = Cluster(NAME, binaries, print)
-        # What a run that was killed has left.
-        made.down()
+    with ExitStack() as stack:
+        try:
+            if kind.available():
+                made: KubectlCluster = stack.enter_context(
+                    _on_kind(binaries, tmp_path_factory.mktemp("kind"))
+                )
+            else:
+                made = stack.enter_context(_on_this_machine(binaries))
+        except (ClusterError, OSError) as error:
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"no cluster: {error}")
+            pytest.skip(f"no cluster: {error}")
+        yield made
+
+
+@contextmanager
+def _on_this_machine(binaries: Binaries) -> Iterator[KubectlCluster]:
+    with own_place("e2e") as place:
+        made = Cluster(place.name, binaries, print)
         made.up()
-        if isinstance(made, KindCluster):
-            made.load_image(ensure_tools(print).busybox)
-    except (ClusterError, OSError) as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"no cluster: {error}")
-        pytest.skip(f"no cluster: {error}")
+        try:
+            yield made
+        finally:
+            made.down()
+
+
+@contextmanager
+def _on_kind(binaries: Binaries, directory: Path) -> Iterator[KubectlCluster]:
+    made = KindCluster("weightsync-e2e", binaries.kubectl, directory)
+    # What a run that was killed has left.
+    made.down()
+    made.up()
     try:
+        made.load_image(ensure_tools(print).busybox)
         yield made
     finally:
         made.down()

@@ -12,18 +12,18 @@ import pytest
 from weightsync_cluster import cgroups, node
 from weightsync_cluster.cluster import Cluster
 from weightsync_cluster.place import Place
+from weightsync_cluster.slots import own_place
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.waiting import wait_for
 
-NAME = "remains"
 ROOT = Path(__file__).parents[2]
 
 
 class Watched:
     """A cluster of its own, and what it could leave behind."""
 
-    def __init__(self) -> None:
-        self.place = Place(NAME)
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self.before = self._machine()
 
     def run(self, verb: str) -> str:
@@ -34,9 +34,8 @@ class Watched:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    @staticmethod
-    def command(verb: str) -> list[str]:
-        return [sys.executable, "-m", "weightsync_cluster", verb, "--name", NAME]
+    def command(self, verb: str) -> list[str]:
+        return [sys.executable, "-m", "weightsync_cluster", verb, "--name", self.place.name]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -72,10 +71,11 @@ class Watched:
 @pytest.fixture
 def watched(own_cluster: Cluster) -> Iterator[Watched]:
     """Beside the cluster of the other tests, which shows that this machine can hold one."""
-    made = Watched()
-    yield made
-    with made.place.alone(print):
-        made.place.clear()
+    with own_place("remains") as place:
+        made = Watched(place)
+        yield made
+        with place.alone(print):
+            place.clear()
 
 
 def test_down_leaves_nothing_and_the_other_cluster_alone(watched: Watched, own_cluster: Cluster) -> None:
@@ -106,7 +106,22 @@ def test_up_replaces_what_has_lost_a_machine(watched: Watched, binaries: Binarie
     watched.run("up")
     watched.place.machine("control").kill()
     watched.run("up")
-    again = Cluster(NAME, binaries, print)
+    again = Cluster(watched.place.name, binaries, print)
     assert all(again.node_ready(name) for name in again.nodes)
     watched.run("down")
     watched.assert_nothing_is_left()
+
+
+def test_a_test_run_takes_a_place_of_its_own_and_clears_those_of_the_dead(own_cluster: Cluster) -> None:
+    with own_place("places") as one, own_place("places") as other:
+        assert one.name != other.name
+        assert one.name != own_cluster.name
+    # The process that held the first is as good as gone, and this is what it has left.
+    one.directory.mkdir()
+    other.directory.mkdir()
+    with own_place("places") as again:
+        assert again.name == one.name
+        assert not one.directory.exists()
+        assert not other.directory.exists()
+    for lock in one.directory.parent.glob("places-*"):
+        lock.unlink()
