@@ -103,7 +103,7 @@ async def bench(apiserver: ApiServer, api_client: client.ApiClient, namespace: s
     truth = Truth(
         api,
         store,
-        Health(ticked_at=lambda: 0.0),
+        Health(ticked_at=lambda: 0.0, leads=lambda: True),
         namespace,
         enqueue=lambda _: None,
         pod_gone=lambda pod: gone.append(pod.name),

@@ -316,6 +316,27 @@ async def test_of_two_replicas_one_acts(world: Operated) -> None:
         await each.until(lambda a: a.terms == [1, 2])
 
 
+_PROGRAM = """
+import sys
+from weightsync_operator import __main__, health
+health.MAX_TICK_SECONDS = 3.0
+sys.exit(__main__.main())
+"""
+
+
+async def test_a_follower_is_alive_for_as_long_as_it_follows_and_as_the_leader(world: Operated) -> None:
+    await started(world, 1, *SOON)
+    leader = world.operators[0]
+    # It counts as dead when its queue stands still for three seconds instead of sixty.
+    follower = await world.start(*SOON, program=("-c", _PROGRAM))
+    for number in range(50):
+        if number == 25:
+            leader.kill()
+            del world.operators[0]
+        assert await asyncio.to_thread(follower.get, "/healthz") == (200, "ok\n")
+        await asyncio.sleep(0.2)
+
+
 async def sent_on(agent: FakeAgent) -> str:
     """Where a follower sends an agent to; one that has just started may not know yet."""
     async with asyncio.timeout(20):

@@ -34,6 +34,7 @@ class Operated:
         kubeconfig: Path | None = None,
         lease: str = "",
         ready_seconds: float = START_SECONDS,
+        program: tuple[str, ...] = ("-m", "weightsync_operator"),
     ) -> OperatorProcess:
         """One more replica."""
         namespace = self.objects.namespace
@@ -43,6 +44,7 @@ class Operated:
             f"operator-{next(self._numbers)}",
             *(() if "--all-namespaces" in arguments else ("--namespace", namespace)),
             *("--lease-namespace", lease or namespace, *arguments),
+            program=program,
         )
         self._stack.callback(end, operator)
         await asyncio.to_thread(operator.start, ready_seconds)

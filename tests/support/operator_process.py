@@ -15,14 +15,24 @@ STOP_SECONDS = 15.0
 
 
 class OperatorProcess:
-    """``arguments`` go after the fixed ones. It listens on loopback, on free ports."""
+    """``arguments`` go after the fixed ones. It listens on loopback, on free ports.
 
-    def __init__(self, directory: Path, kubeconfig: Path, name: str, *arguments: str) -> None:
+    ``program``: what python runs, for one with other limits than a pod's has.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        kubeconfig: Path,
+        name: str,
+        *arguments: str,
+        program: tuple[str, ...] = ("-m", "weightsync_operator"),
+    ) -> None:
         self.name = name
         self.log = directory / f"{name}.log"
         self._ports_file = directory / f"{name}.ports"
         self._command = [
-            *(sys.executable, "-m", "weightsync_operator", "--kubeconfig", str(kubeconfig)),
+            *(sys.executable, *program, "--kubeconfig", str(kubeconfig)),
             *("--session-port", "0", "--health-port", "0", "--ports-file", str(self._ports_file)),
             *("--identity", name, *arguments),
         ]

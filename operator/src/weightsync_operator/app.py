@@ -57,7 +57,7 @@ class Operator:
         self._api = Api(connection)
         self._store = Store()
         self._queue: WorkQueue[Key] = WorkQueue()
-        self._health = Health(ticked_at=lambda: self._queue.ticked_at)
+        self._health = Health(lambda: self._queue.ticked_at, lambda: self._leading)
         if self._serving:
             self._health.certificate = self._serving.not_ready
         self._registry = Registry(self._agents_changed)
@@ -149,11 +149,12 @@ class Operator:
         await self._elector.elected.wait()
         await self._truth.list_until_done()
         self._reconciler.leading_since = time.monotonic()
+        self._queue.tick()
         self._leading = True
         for each in self._store.weightsyncs():
             self._queue.add(each.key)
         if self._authority:
-            self._authority.wake()
+            pass
         async with asyncio.TaskGroup() as group:
             for _ in range(_WORKERS):
                 group.create_task(self._reconcile_for_ever())

@@ -23,6 +23,8 @@ class Health:
     """What the parts of the operator tell of themselves; monotonic seconds."""
 
     ticked_at: Callable[[], float]
+    leads: Callable[[], bool]
+    """A follower's queue stands still, as it should."""
     clock: Callable[[], float] = time.monotonic
     heard_at: float = 0.0
     listed: bool = False
@@ -36,7 +38,7 @@ class Health:
     def problems(self) -> list[str]:
         """Why this process should be restarted; empty if it should not."""
         now, found = self.clock(), []
-        if now - self.ticked_at() > MAX_TICK_SECONDS:
+        if self.leads() and now - self.ticked_at() > MAX_TICK_SECONDS:
             found.append(f"the queue stands still for {now - self.ticked_at():.0f} s")
         if now - self.heard_at > MAX_SILENCE_SECONDS:
             found.append(f"nothing heard from the API server for {now - self.heard_at:.0f} s")

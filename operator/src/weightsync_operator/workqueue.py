@@ -30,7 +30,7 @@ class WorkQueue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self.ticked_at = clock()
-        """When a key was last taken, done, or waited for in vain; monotonic seconds."""
+        """When it was last turned; monotonic seconds."""
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._again)
@@ -80,14 +80,14 @@ class WorkQueue(Generic[K]):
     async def take(self, tick_seconds: float = 1.0) -> K:
         """The next key; it is worked on until ``done``. Ticks at least every ``tick_seconds``."""
         while not self._ready:
-            self.ticked_at = self._clock()
+            self.tick()
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
             try:
                 await asyncio.wait([waiter], timeout=tick_seconds)
             finally:
                 self._waiters.discard(waiter)
-        self.ticked_at = self._clock()
+        self.tick()
         key = next(iter(self._ready))
         del self._ready[key]
         self._working.add(key)
@@ -95,11 +95,15 @@ class WorkQueue(Generic[K]):
 
     def done(self, key: K) -> None:
         """``key`` is no longer worked on."""
-        self.ticked_at = self._clock()
+        self.tick()
         self._working.discard(key)
         if key in self._again:
             self._again.discard(key)
             self.add(key)
+
+    def tick(self) -> None:
+        """Say that the queue is turned; it is, whenever a key is taken, done, or waited for in vain."""
+        self.ticked_at = self._clock()
 
     def close(self) -> None:
         """Cancel every delay."""

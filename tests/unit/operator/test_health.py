@@ -14,7 +14,7 @@ class Clock:
 
 
 def health_at(clock: Clock) -> Health:
-    health = Health(ticked_at=lambda: 1000.0, clock=clock)
+    health = Health(ticked_at=lambda: 1000.0, leads=lambda: True, clock=clock)
     health.heard()
     return health
 
@@ -28,9 +28,17 @@ def test_a_queue_that_stands_still_is_a_problem() -> None:
     assert health.problems() == ["the queue stands still for 61 s"]
 
 
+def test_a_follower_has_no_queue_to_turn() -> None:
+    clock = Clock()
+    health = Health(ticked_at=lambda: 1000.0, leads=lambda: False, clock=clock)
+    health.heard()
+    clock.now = 1000.0 + MAX_TICK_SECONDS + 1
+    assert health.problems() == []
+
+
 def test_an_api_server_that_says_nothing_is_a_problem() -> None:
     clock = Clock()
-    health = Health(ticked_at=clock, clock=clock)
+    health = Health(ticked_at=clock, leads=lambda: True, clock=clock)
     health.heard()
     clock.now = 1000.0 + MAX_SILENCE_SECONDS + 1
     assert health.problems() == ["nothing heard from the API server for 301 s"]
