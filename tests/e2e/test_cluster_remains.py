@@ -11,11 +11,14 @@ import pytest
 
 from weightsync_cluster import cgroups, node
 from weightsync_cluster.cluster import Cluster
+from weightsync_cluster.errors import ClusterError
 from weightsync_cluster.place import Place
+from weightsync_cluster.shell import run
 from weightsync_cluster.slots import own_place
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.waiting import wait_for
 
+PREFIX = "remains"
 ROOT = Path(__file__).parents[2]
 
 
@@ -71,7 +74,7 @@ class Watched:
 @pytest.fixture
 def watched(own_cluster: Cluster) -> Iterator[Watched]:
     """Beside the cluster of the other tests, which shows that this machine can hold one."""
-    with own_place("remains") as place:
+    with own_place(PREFIX) as place:
         made = Watched(place)
         yield made
         with place.alone(print):
@@ -113,15 +116,48 @@ def test_up_replaces_what_has_lost_a_machine(watched: Watched, binaries: Binarie
 
 
 def test_a_test_run_takes_a_place_of_its_own_and_clears_those_of_the_dead(own_cluster: Cluster) -> None:
-    with own_place("places") as one, own_place("places") as other:
+    with own_place(PREFIX) as one, own_place(PREFIX) as other:
         assert one.name != other.name
         assert one.name != own_cluster.name
     # The process that held the first is as good as gone, and this is what it has left.
     one.directory.mkdir()
     other.directory.mkdir()
-    with own_place("places") as again:
+    with own_place(PREFIX) as again:
         assert again.name == one.name
         assert not one.directory.exists()
         assert not other.directory.exists()
-    for lock in one.directory.parent.glob("places-*"):
-        lock.unlink()
+
+
+def test_what_is_mounted_in_a_clusters_folder_is_not_removed_with_it(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    with own_place(PREFIX) as place, place.alone(print):
+        mounted = place.directory / "node1" / "volume"
+        mounted.mkdir(parents=True)
+        run(["mount", "--bind", str(tmp_path), str(mounted)])
+        try:
+            with pytest.raises(ClusterError, match=f"unmount {mounted}"):
+                place.clear()
+        finally:
+            run(["umount", str(mounted)])
+        assert (tmp_path / "kept").exists()
+        place.clear()
+        assert not place.directory.exists()
+
+
+def test_a_machine_ends_with_whoever_was_about_to_start_it() -> None:
+    script = """
+import os, sys
+from weightsync_cluster.machine import Spec
+from weightsync_cluster.place import Place
+machine = Place(sys.argv[1]).machine("node1")
+machine.start(Spec([]))
+print(machine.running_pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    with own_place(PREFIX) as place, place.alone(print):
+        command = [sys.executable, "-c", script, place.name]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "cluster")}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False, timeout=60)
+        assert int(done.stdout) > 0
+        wait_for(lambda: place.machine("node1").pid is None, 10, "the machine to end by itself")
+        place.clear()

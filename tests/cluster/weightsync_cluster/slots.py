@@ -21,6 +21,8 @@ def own_place(prefix: str) -> Iterator[Place]:
         own = None
         for number in range(1, SLOTS + 1):
             place = Place(f"{prefix}-{number}")
+            if own is not None and not place.directory.exists():
+                continue
             with ExitStack() as stack:
                 # Held by the kernel for as long as this process lives, and no longer.
                 place.directory.parent.mkdir(parents=True, exist_ok=True)
