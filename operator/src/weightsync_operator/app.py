@@ -154,7 +154,7 @@ class Operator:
         for each in self._store.weightsyncs():
             self._queue.add(each.key)
         if self._authority:
-            pass
+            self._authority.wake()
         async with asyncio.TaskGroup() as group:
             for _ in range(_WORKERS):
                 group.create_task(self._reconcile_for_ever())
