@@ -19,7 +19,7 @@ EXPECTED = {
 
 
 def tally(tokens: tuple[int, ...], version: int, admitted: int | None = None) -> Tally:
-    traffic = Traffic("vllm-0", 0, [], 4, EXPECTED.get)
+    traffic = Traffic("vllm-0", lambda: pytest.fail("asked"), EXPECTED.get)
     traffic._check(Answer(tokens, "text", version, version if admitted is None else admitted))
     return traffic.tally
 
@@ -90,3 +90,22 @@ def test_a_server_without_permit_is_refused_and_not_an_error() -> None:
 def test_any_other_status_is_an_error_that_names_it() -> None:
     with server(500, {"error": "engine dead"}, {}) as port, pytest.raises(ConnectionError, match="500"):
         ask(port, [1], 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "counted"), [(RefusedError("no permit"), "refused"), (ConnectionError("gone"), "failed")]
+)
+def test_who_gets_no_answer_is_counted_and_asks_again(error: Exception, counted: str) -> None:
+    third, times = threading.Event(), iter(range(1000))
+
+    def question() -> Answer:
+        if next(times) == 2:
+            third.set()
+        raise error
+
+    traffic = Traffic("vllm-0", question, EXPECTED.get, period=0.001)
+    traffic.start()
+    assert third.wait(10)
+    traffic.stop()
+    assert getattr(traffic.tally, counted) >= 3
+    assert traffic.tally.refused + traffic.tally.failed == getattr(traffic.tally, counted)
