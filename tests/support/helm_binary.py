@@ -41,9 +41,7 @@ def ensure_helm() -> Path:
     except HelmMissingError as error:
         found = shutil.which("helm")
         if found is None:
-            raise HelmMissingError(
-                f"{error}; and there is none on PATH: install helm 4"
-            ) from None
+            raise HelmMissingError(f"{error}; and there is none on PATH: install helm 4") from None
         return Path(found)
 
 
