@@ -150,17 +150,14 @@ class Authority:
 
     async def _store(
         self, decision: Decision, wanted: Authorities, over: Document | None, trusted: bool
-    ) -> Document | None:
-        """Write the Secret; answers it as it is then, whoever was faster.
+    ) -> Document:
+        """Write the Secret over the one that was read; answers it. Raises ConflictError if anybody was faster.
 
         ``trusted``: somebody trusts an authority of ours already.
         """
         if not self._leads():
             raise ConflictError("this replica does not lead any more")
-        try:
-            written = await write_secret(self._api, secret_document(wanted, self._place.namespace, over))
-        except ConflictError:
-            return await find_secret(self._api, self._place.namespace, CA_NAME)
+        written = await write_secret(self._api, secret_document(wanted, self._place.namespace, over))
         log.info("authority", secret=self._secret, step=decision.step, why=decision.why)
         if decision.step is Step.REPLACE or (decision.step is Step.CREATE and trusted):
             message = words.replaced(decision.why or "it was deleted", self._place.namespace)
