@@ -210,15 +210,17 @@ def test_received_is_said_before_it_is_unmapped_and_no_deadline_of_the_transfer_
             theirs.close()
             ours.settimeout(SECONDS)
             lines = ours.makefile("rb")
-            assert protocol.decode_event(lines.readline()) == protocol.Started()
-            socket.send_fds(ours, [protocol.encode(receive(seconds=0.2))], [target])
-            assert protocol.decode_event(lines.readline()) == protocol.Received("digest")
-            began = time.monotonic()
-            assert protocol.decode_event(lines.readline()) == protocol.Unmapped()
-            assert time.monotonic() - began > 1.0
-            ours.shutdown(socket.SHUT_WR)
+            try:
+                assert protocol.decode_event(lines.readline()) == protocol.Started()
+                socket.send_fds(ours, [protocol.encode(receive(seconds=0.2))], [target])
+                assert protocol.decode_event(lines.readline()) == protocol.Received("digest")
+                began = time.monotonic()
+                assert protocol.decode_event(lines.readline()) == protocol.Unmapped()
+                assert time.monotonic() - began > 1.0
+            finally:
+                ours.shutdown(socket.SHUT_RDWR)
+                lines.close()
             assert process.wait(5) == 0
-            lines.close()
 
 
 def test_a_call_that_hangs_is_ended_by_the_timer_and_said() -> None:

@@ -9,6 +9,7 @@ from weightsync_engine.agent.core.effects import (
     AllocateStaging,
     Apply,
     DropStaging,
+    ExchangeManifest,
     KillChild,
     ReceiveVersion,
     SealStaging,
@@ -181,19 +182,20 @@ def test_a_seal_that_fails_is_a_decline_and_no_commit_ever_begins(received, kit)
 
 
 def test_a_seal_that_fails_does_not_disturb_what_goes_on_in_the_same_group(received, kit):
-    received.desire(group=kit.group(), wanted=kit.wanted(kit.V2))
+    another = kit.wanted(kit.V2, Phase.CHECK, "sha256:another")
+    assert kinds(received.desire(group=kit.group(), wanted=another)) == [ExchangeManifest]
     received.send(ChildUnmapped(1))
-    did = received.send(StagingFailed(1, "somebody still has it mapped"))
-    assert kinds(did) == [DropStaging, AllocateStaging]
-    assert received.told.transfer.state is TransferState.RECEIVING
+    assert received.send(StagingFailed(1, "somebody still has it mapped")) == [DropStaging(1)]
+    assert received.told.transfer.state is TransferState.CHECKING
     assert received.told.transfer.failure is None
 
 
 def test_a_failed_seal_of_a_group_before_is_not_blamed_on_this_one(received, kit):
-    received.desire(group=kit.group(2), wanted=kit.wanted(phase=Phase.CHECK))
-    received.send(ChildExited(1), ChildReady(2))
     received.desire(group=kit.group(2))
+    assert SealStaging(1) in received.send(ChildExited(1))
+    received.send(ChildReady(2))
     assert received.send(StagingFailed(1, "somebody still has it mapped")) == [DropStaging(1)]
+    assert received.told.transfer.state is TransferState.JOINED
     assert received.told.transfer.failure is None
 
 
