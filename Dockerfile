@@ -75,15 +75,18 @@ COPY LICENSE NOTICE /licenses/
 
 FROM tools AS operator-venv
 COPY requirements/operator.txt requirements/
+# A third of it all would be kubernetes' client once more, for asyncio, which nothing here imports.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     python3 -m venv --without-pip /opt/weightsync \
     && /build/bin/pip --python /opt/weightsync/bin/python install --quiet --no-deps --require-hashes \
-        --only-binary :all: -r requirements/operator.txt
+        --only-binary :all: --no-compile -r requirements/operator.txt \
+    && rm -r /opt/weightsync/lib/python3*/site-packages/kubernetes/aio \
+    && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/weightsync/lib
 COPY --from=wheels /wheels /wheels
-RUN /build/bin/pip --python /opt/weightsync/bin/python install --quiet --no-index --no-deps \
+RUN /build/bin/pip --python /opt/weightsync/bin/python install --quiet --no-index --no-deps --no-compile \
         /wheels/weightsync_contract-*.whl /wheels/weightsync_operator-*.whl \
     && /build/bin/pip --python /opt/weightsync/bin/python check \
-    && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/weightsync/lib
+    && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/weightsync/lib/python3*/*/weightsync_*
 
 FROM root AS operator
 ARG BASE
@@ -123,13 +126,14 @@ COPY requirements/agent.txt requirements/
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     python3 -m venv --without-pip /opt/weightsync \
     && /build/bin/pip --python /opt/weightsync/bin/python install --quiet --no-deps --require-hashes \
-        --only-binary :all: -r requirements/agent.txt
+        --only-binary :all: --no-compile -r requirements/agent.txt \
+    && echo /opt/torch > "$(echo /opt/weightsync/lib/python3*/site-packages)/torch.pth" \
+    && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/weightsync/lib
 COPY --from=wheels /wheels /wheels
-RUN /build/bin/pip --python /opt/weightsync/bin/python install --quiet --no-index --no-deps \
+RUN /build/bin/pip --python /opt/weightsync/bin/python install --quiet --no-index --no-deps --no-compile \
         /wheels/weightsync_contract-*.whl /wheels/weightsync_engine-*.whl \
     && /build/bin/pip --python /opt/weightsync/bin/python check \
-    && echo /opt/torch > "$(/opt/weightsync/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth" \
-    && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/weightsync/lib
+    && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/weightsync/lib/python3*/*/weightsync_*
 
 FROM root AS agent
 ARG BASE
@@ -163,7 +167,7 @@ USER 0:0
 # With --no-deps: vLLM's own packages stay as vLLM pins them.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     --mount=type=bind,from=carried,source=/carried,target=/carried \
-    export PYTHONPATH=/carried/pip PIP_CONFIG_FILE=/run/secrets/pip PIP_NO_CACHE_DIR=1 \
+    export PYTHONPATH=/carried/pip PYTHONDONTWRITEBYTECODE=1 PIP_CONFIG_FILE=/run/secrets/pip PIP_NO_CACHE_DIR=1 \
         PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore \
     && python3 -m pip install --quiet --no-deps --require-hashes --only-binary :all: -r /carried/plugin.txt \
     && python3 -m pip install --quiet --no-index --no-deps /carried/*.whl \

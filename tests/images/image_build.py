@@ -9,6 +9,7 @@ the tests mount the packages of .venv in their place: see ``SITES``.
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,9 +18,8 @@ from pathlib import Path
 from typing import Final
 
 import image_tools
-from image_tools import ImageError, Tools, run
-
 import images
+from image_tools import ImageError, Tools, run
 from weightsync_demo.kube.build import cache_directory
 from weightsync_demo.kube.locking import exclusive
 
@@ -28,7 +28,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 RECIPE: Final = "1"
 BASE: Final = "localhost/weightsync-base"
 VLLM_BASE: Final = "localhost/weightsync-vllm-base"
-PACKAGES: Final = ("ca-certificates", "python3", "python3-venv")
+PACKAGES: Final = ("ca-certificates", "python3", "python3-venv", "usr-is-merged")
 SITES: Final = {"agent": "/opt/torch", "vllm": "/opt/vllm"}
 """Where a pod mounts ``host_site()``, read-only: importable there, after what the image itself has."""
 MEMBERS: Final = {
@@ -36,6 +36,7 @@ MEMBERS: Final = {
     "agent": ("contract", "engine"),
     "vllm": ("contract", "engine"),
 }
+FILES: Final = ("Dockerfile", ".dockerignore", "LICENSE", "NOTICE")
 KEPT: Final = 3
 BASE_TIMEOUT_S: Final = 600.0
 BUILD_TIMEOUT_S: Final = 900.0
@@ -77,7 +78,7 @@ def archive_of(target: str, root: Path = ROOT) -> Archive:
         path for folder in folders for path in folder.rglob("*") if path.suffix != ".pyc" and path.is_file()
     ]
     files += [root / member / "pyproject.toml" for member in MEMBERS[target]]
-    files += [root / name for name in ("Dockerfile", ".dockerignore", "LICENSE", "NOTICE")]
+    files += [root / name for name in FILES]
     files += (root / "requirements").glob("*.txt")
     for path in sorted(files):
         digest.update(str(path.relative_to(root)).encode() + b"\0")
@@ -92,13 +93,30 @@ def image_archive(target: str, progress: Callable[[str], None] = print) -> Path:
 
 def image_archives(targets: tuple[str, ...], progress: Callable[[str], None] = print) -> dict[str, Path]:
     """Several of them; those that are missing share what can be shared. Raises ImageError."""
-    wanted = {target: archive_of(target) for target in targets}
-    if any(not archive.path.exists() for archive in wanted.values()):
-        _cache().mkdir(parents=True, exist_ok=True)
-        waiting = "images: another process is building: waiting for it"
-        with exclusive(_cache() / "build.lock", LOCK_TIMEOUT_S, lambda: progress(waiting)):
-            _build([archive for archive in wanted.values() if not archive.path.exists()], progress)
-    return {target: archive.path for target, archive in wanted.items()}
+    found = {target: archive_of(target).path for target in targets}
+    if all(path.exists() for path in found.values()):
+        return found
+    _cache().mkdir(parents=True, exist_ok=True)
+    waiting = "images: another process is building: waiting for it"
+    with (
+        exclusive(_cache() / "build.lock", LOCK_TIMEOUT_S, lambda: progress(waiting)),
+        tempfile.TemporaryDirectory(dir=_cache(), prefix="work-") as scratch,
+    ):
+        # Sources may change while they are built, and an archive's name has to say what is in it.
+        context = _copy_sources(Path(scratch) / "context")
+        wanted = [archive_of(target, context) for target in targets]
+        _build([archive for archive in wanted if not archive.path.exists()], context, progress)
+        return {archive.target: archive.path for archive in wanted}
+
+
+def _copy_sources(context: Path) -> Path:
+    context.mkdir()
+    for name in FILES:
+        shutil.copy2(ROOT / name, context / name)
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("requirements", *sorted(set().union(*MEMBERS.values()))):
+        shutil.copytree(ROOT / name, context / name, ignore=skip)
+    return context
 
 
 def _cache() -> Path:
@@ -112,14 +130,13 @@ def _base_key() -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(wanted: list[Archive], progress: Callable[[str], None]) -> None:
+def _build(wanted: list[Archive], context: Path, progress: Callable[[str], None]) -> None:
     if not wanted:
         return
     tools = image_tools.ensure_tools()
     base = _ensure_base(tools, progress)
-    with _workshop(tools) as shop:
-        progress("images: base")
-        shop.build_base(base)
+    with _workshop(tools, context) as shop:
+        shop.ensure_bases(base)
         for archive in wanted:
             progress(f"images: {archive.name}")
             shop.build(archive)
@@ -148,6 +165,8 @@ def _ensure_base(tools: Tools, progress: Callable[[str], None]) -> Path:
         command = [
             *(*tools.mmdebstrap, "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
             f"--aptopt={options}",
+            # Else a package does it later, and brings all of Perl.
+            f"--hook-dir={tools.root}/usr/share/mmdebstrap/hooks/merged-usr",
             # How this machine reaches its packages is nobody else's business.
             '--customize-hook=rm -rf "$1"/etc/apt/sources.list* "$1"/etc/apt/apt.conf.d/99mmdebstrap',
             *("", str(made), *map(str, sources)),
@@ -159,22 +178,31 @@ def _ensure_base(tools: Tools, progress: Callable[[str], None]) -> Path:
 
 @dataclass(frozen=True)
 class _Workshop:
-    """buildah with a store and settings of its own."""
+    """buildah with settings of its own, and a store: kept where layers share what they have in common."""
 
     tools: Tools
     folder: Path
+    context: Path
+    store: Path
+    overlay: bool
     secrets: images.Secrets
 
     def buildah(self, *arguments: str) -> list[str]:
-        store, runs = self.folder / "store", self.folder / "run"
-        return [*self.tools.buildah, "--root", str(store), "--runroot", str(runs), *arguments]
+        return [
+            *self.tools.buildah,
+            "--root",
+            str(self.store),
+            "--runroot",
+            str(self.folder / "run"),
+            *arguments,
+        ]
 
     @property
     def environment(self) -> dict[str, str]:
         containers = self.tools.root / "etc/containers"
         return {
             **os.environ,
-            "STORAGE_DRIVER": "vfs",
+            "STORAGE_DRIVER": "overlay" if self.overlay else "vfs",
             "BUILDAH_ISOLATION": "chroot",
             "BUILDAH_FORMAT": "docker",
             "CONTAINERS_CONF": str(self.folder / "containers.conf"),
@@ -183,56 +211,65 @@ class _Workshop:
         }
 
     @property
-    def options(self) -> list[str]:
-        return [*self.policy, "--pull-never", "--network", "host", "--timestamp", "0"]
-
-    @property
     def policy(self) -> list[str]:
         return ["--signature-policy", str(self.tools.root / "etc/containers/policy.json")]
 
-    def build_base(self, base: Path) -> None:
+    @property
+    def options(self) -> list[str]:
+        layers = str(self.overlay).lower()
+        return [*self.policy, "--pull-never", "--network", "host", "--timestamp", "0", f"--layers={layers}"]
+
+    def ensure_bases(self, base: Path) -> None:
+        done = self.store / "bases"
+        if done.exists():
+            return
         context = self.folder / "base"
         context.mkdir()
         os.link(base, context / "base.tar")
         site = "/usr/lib/python3/dist-packages/vllm-site.pth"
-        text = (
-            f"FROM scratch AS plain\nADD base.tar /\nFROM plain AS vllm\nRUN echo {SITES['vllm']} > {site}\n"
-        )
-        (context / "Dockerfile").write_text(text)
-        for target, name in (("plain", BASE), ("vllm", VLLM_BASE)):
-            self._run(
-                ["build", *self.options, "--target", target, "--tag", name, str(context)],
-                "building a base image",
-            )
+        for name, more in ((BASE, ""), (VLLM_BASE, f"RUN echo {SITES['vllm']} > {site}\n")):
+            (context / "Dockerfile").write_text(f"FROM scratch\nADD base.tar /\n{more}")
+            self._run(["build", *self.options, "--tag", name, str(context)], "building a base image")
+        done.touch()
 
     def build(self, archive: Archive) -> None:
         given = {"BASE": BASE, "VLLM_BASE": VLLM_BASE, "TORCH": "none", "VERSION": archive.version}
         build = images.Build(archive.target, given, archive.name)
-        command = build.command(["buildah"], self.secrets, ROOT)[1:]
-        wheels = _cache() / "pip"
-        wheels.mkdir(exist_ok=True)
-        cached = ["--volume", f"{wheels}:/root/.cache/pip"]
-        self._run([command[0], *self.options, *cached, *command[1:]], f"building {archive.name}")
-        with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
-            made = Path(scratch) / "image.tar"
-            # Layers stay as they are in such an archive: packing them takes longer than reading them.
-            self._run(
-                ["push", archive.name, f"docker-archive:{made}:{archive.name}"], f"saving {archive.name}"
-            )
-            made.rename(archive.path)
+        command = build.command(["buildah"], self.secrets, self.context)[1:]
+        self._run([command[0], *self.options, *command[1:]], f"building {archive.name}")
+        made = self.folder / f"{archive.target}.tar"
+        # Layers stay as they are in such an archive: packing them takes longer than reading them.
+        where = f"docker-archive:{made}:{archive.name}"
+        self._run(["push", *self.policy, archive.name, where], f"saving {archive.name}")
+        made.rename(archive.path)
 
     def _run(self, arguments: list[str], what: str) -> None:
         run(self.buildah(*arguments), what, BUILD_TIMEOUT_S, self.environment)
 
 
 @contextlib.contextmanager
-def _workshop(tools: Tools) -> Iterator[_Workshop]:
-    with tempfile.TemporaryDirectory(dir=_cache(), prefix="work-") as name:
+def _workshop(tools: Tools, context: Path) -> Iterator[_Workshop]:
+    overlay = image_tools.overlays_work(_cache())
+    kept = _cache() / f"store-{_store_key(tools, context)}"
+    # What other packages, or another Dockerfile, were built with serves nobody.
+    for old in _cache().glob("store-*"):
+        if old != kept or not overlay:
+            shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(dir=context.parent) as name:
         folder = Path(name)
         (folder / "tmp").mkdir()
         seccomp = tools.root / "usr/share/containers/seccomp.json"
         (folder / "containers.conf").write_text(f'[containers]\nseccomp_profile = "{seccomp}"\n')
-        yield _Workshop(tools, folder, images.Secrets.collect(folder))
+        store = kept if overlay else folder / "store"
+        store.mkdir(exist_ok=True)
+        yield _Workshop(tools, folder, context, store, overlay, images.Secrets.collect(folder))
+
+
+def _store_key(tools: Tools, context: Path) -> str:
+    digest = hashlib.sha256(f"{RECIPE} {tools.root.name} {_base_key()}".encode())
+    for path in (context / "Dockerfile", *sorted((context / "requirements").glob("*.txt"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-import tarfile
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,10 @@ if [ -n "$site" ]; then
 fi
 mount -o remount,bind,ro "$root"
 ip link set lo up 2>/dev/null || true
-exec setpriv --no-new-privs --inh-caps=-all chroot --userspec="$user:$user" --groups="$user" "$root" "$@"
+PATH=$PATH:/usr/sbin:/sbin
+chroot=$(command -v chroot)
+export PATH="${PATH%:/usr/sbin:/sbin}"
+exec setpriv --no-new-privs --inh-caps=-all "$chroot" --userspec="$user:$user" --groups="$user" "$root" "$@"
 """
 
 
@@ -90,39 +93,31 @@ class Image:
 def unpack(archive: Path, root: Path) -> Image:
     """Lay the layers of a docker archive one on the other, in ``root``."""
     root.mkdir(parents=True)
-    with tarfile.open(archive) as outer:
-
-        def read(name: str) -> bytes:
-            file = outer.extractfile(name)
-            assert file is not None, name
-            return file.read()
-
-        (entry,) = json.loads(read("manifest.json"))
-        sizes = []
-        for name in entry["Layers"]:
-            member = outer.getmember(name)
-            # The same layer twice is one file and a link to it.
-            member = outer.getmember(str(Path(name).parent / member.linkname)) if member.issym() else member
-            sizes.append(member.size)
-            with tarfile.open(fileobj=outer.extractfile(member)) as layer:
-                _lay(layer, root)
-        return Image(root, json.loads(read(entry["Config"])), tuple(entry["RepoTags"]), tuple(sizes))
+    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        folder = Path(scratch)
+        _tar("-xf", str(archive), "-C", scratch)
+        (entry,) = json.loads((folder / "manifest.json").read_text())
+        layers = [folder / name for name in entry["Layers"]]
+        for layer in layers:
+            _lay(layer, root)
+        sizes = tuple(layer.stat().st_size for layer in layers)
+        config = json.loads((folder / entry["Config"]).read_text())
+    return Image(root, config, tuple(entry["RepoTags"]), sizes)
 
 
-def _lay(layer: tarfile.TarFile, root: Path) -> None:
-    members = layer.getmembers()
-    for member in members:
-        path = Path(member.name)
+def _lay(layer: Path, root: Path) -> None:
+    for name in _tar("-tf", str(layer)).splitlines():
+        path = root / name.rstrip("/")
         if path.name == f"{WHITEOUT}{WHITEOUT}.opq":
-            _remove(*(root / path.parent).iterdir())
+            _remove(*path.parent.iterdir())
         elif path.name.startswith(WHITEOUT):
-            _remove(root / path.parent / path.name.removeprefix(WHITEOUT))
-    for member in members:
-        if not Path(member.name).name.startswith(WHITEOUT):
-            target = root / member.name
-            if (target.is_symlink() or target.exists()) and not (target.is_dir() and member.isdir()):
-                _remove(target)
-            layer.extract(member, root, filter="fully_trusted")
+            _remove(path.with_name(path.name.removeprefix(WHITEOUT)))
+    # GNU tar takes what is in the way of a file, but no folder that holds something.
+    _tar("-xpf", str(layer), "-C", str(root), "--numeric-owner", f"--exclude={WHITEOUT}*")
+
+
+def _tar(*arguments: str) -> str:
+    return subprocess.run(["tar", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _remove(*paths: Path) -> None:

@@ -73,6 +73,16 @@ def run(
     return done.stdout
 
 
+def overlays_work(folder: Path) -> bool:
+    """Whether the kernel can lay folders of this file system over one another."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        for part in ("lower", "upper", "work", "merged"):
+            (Path(name) / part).mkdir()
+        layers = f"lowerdir={name}/lower,upperdir={name}/upper,workdir={name}/work"
+        command = ["unshare", "--mount", "mount", "-t", "overlay", "-o", layers, "overlay", f"{name}/merged"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def apt_sources() -> list[Path]:
     """Where this machine takes its packages from."""
     listed = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]

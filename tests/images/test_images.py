@@ -5,20 +5,21 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from packaging.markers import Marker
 
 import image_build
-import pytest
+import images
 from image_root import USER, Image, unpack
 from image_tools import ImageError
 
-import images
-
 MB = 1_000_000
 # Limits of what is unpacked on a node. Without torch: the tests mount theirs.
-LIMITS = {"operator": 190 * MB, "agent": 110 * MB}
+LIMITS = {"operator": 250 * MB, "agent": 150 * MB}
 OURS = ("operator", "agent")
 COMPILERS = {"cc", "gcc", "g++", "c++", "clang", "ld", "as", "tcc", "go", "rustc", "make"}
 TORN = """
@@ -49,10 +50,17 @@ for folder in ("/tmp", "/run/weightsync", "/var/lib/weightsync", os.environ["HOM
 print(os.getuid(), os.getgid())
 """
 INSTALLED = """
-import importlib.metadata, json
-print(json.dumps(sorted([d.metadata["Name"].lower().replace("_", "-").replace(".", "-"), d.version]
-                        for d in importlib.metadata.distributions())))
+import importlib.metadata, json, platform
+names = [(d.metadata["Name"].lower().replace("_", "-").replace(".", "-"), d.version)
+         for d in importlib.metadata.distributions()]
+print(json.dumps({"python": platform.python_version(), "packages": names}))
 """
+
+
+def missing(what: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +68,7 @@ def archives() -> dict[str, Path]:
     try:
         return image_build.image_archives(images.TARGETS)
     except ImageError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"the images can't be built: {error}")
-        pytest.skip(f"the images can't be built here: {error}")
+        missing(f"the images can't be built here: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +91,7 @@ def site(image: Callable[[str], Image]) -> str:
         image("agent").run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").stdout.strip()
     )
     if inside != f"{sys.version_info[0]}.{sys.version_info[1]}":
-        pytest.skip(f"the base has Python {inside}, .venv another: its torch can't be mounted")
+        missing(f"the base has Python {inside}, .venv another: its torch can't be mounted")
     return str(host)
 
 
@@ -132,7 +138,9 @@ def test_the_operator_starts_and_says_what_it_lacks(image: Callable[[str], Image
     assert "Traceback" not in done.stderr
 
 
-def test_an_agent_goes_on_without_its_operator_until_it_is_told_to_end(image: Callable[[str], Image]) -> None:
+def test_an_agent_goes_on_without_its_operator_until_it_is_told_to_end(
+    image: Callable[[str], Image], site: str
+) -> None:
     built = image("agent")
     environment = {
         "WEIGHTSYNC_ROLE": "trainer",
@@ -145,7 +153,9 @@ def test_an_agent_goes_on_without_its_operator_until_it_is_told_to_end(image: Ca
     }
     # In place of a kubelet: some seconds of it, then SIGTERM. It answers that with 0, timeout's own is 124.
     done = built.run(
-        *("timeout", "--preserve-status", "--kill-after=20", "4", *built.entrypoint), environment=environment
+        *("timeout", "--preserve-status", "--kill-after=20", "4", *built.entrypoint),
+        environment=environment,
+        site=f"{site}:{image_build.SITES['agent']}",
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -205,9 +215,7 @@ def test_nothing_of_the_checkout_is_in_an_image_but_the_package(
     assert roots == {"weightsync_contract", own}
     here = {path.name for path in (image_build.ROOT / "tests").rglob("test_*.py")}
     assert {name for name in names if Path(name).name in here} == set()
-    assert [
-        name for name in names if name.startswith(("/src", "/wheels", "/build", "/carried", "/root/"))
-    ] == []
+    assert [name for name in names if name.startswith(("/src", "/wheels", "/build", "/carried"))] == []
 
 
 @pytest.mark.parametrize("target", images.TARGETS)
@@ -237,15 +245,14 @@ def test_every_module_has_its_bytecode(image: Callable[[str], Image], target: st
 
 @pytest.mark.parametrize("target", OURS)
 def test_an_image_has_exactly_the_locked_packages(image: Callable[[str], Image], target: str) -> None:
-    done = image(target).run("python", "-c", INSTALLED)
-    installed = dict(json.loads(done.stdout))
+    found = json.loads(image(target).run("python", "-c", INSTALLED).stdout)
+    installed = dict(found["packages"])
     lines = (image_build.ROOT / "requirements" / f"{target}.txt").read_text()
-    python = image(target).run("python", "-c", "import sys; print(sys.version_info[1])").stdout.strip()
-    locked = {}
-    for name, version, marker in re.findall(r"(?m)^([a-z0-9-]+)==([^ ;\\]+)(?: ; (.*?))? \\$", lines):
-        limit = re.search(r"python_full_version < '3\.(\d+)'", marker)
-        if not marker or (limit and int(python) < int(limit[1])):
-            locked[name] = version
+    locked = {
+        name: version
+        for name, version, marker in re.findall(r"(?m)^([a-z0-9-]+)==([^ ;\\]+)(?: ; (.*?))? \\$", lines)
+        if not marker or Marker(marker).evaluate({"python_full_version": found["python"]})
+    }
     version = images.project_version()
     member = "weightsync-operator" if target == "operator" else "weightsync-engine"
     assert installed == locked | {"weightsync-contract": version, member: version}
@@ -270,11 +277,17 @@ def test_engines_run_in_vllms_image_with_mounted_packages(
     assert done.returncode == 0, done.stderr
 
 
-def test_a_second_build_is_none(archives: dict[str, Path]) -> None:
-    before, start = {path: path.stat().st_mtime_ns for path in archives.values()}, time.monotonic()
-    again = image_build.image_archives(images.TARGETS)
-    assert time.monotonic() - start < 2
-    assert {path: path.stat().st_mtime_ns for path in again.values()} == before
+def test_what_is_in_the_cache_is_not_built_again(
+    archives: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(target: str) -> image_build.Archive:
+        key = archives[target].stem.removeprefix(f"{target}-")
+        return image_build.Archive(target, images.project_version(), key)
+
+    # Whoever edits the sources meanwhile makes other archives.
+    monkeypatch.setattr(image_build, "archive_of", kept)
+    monkeypatch.setattr(image_build, "exclusive", pytest.fail)
+    assert image_build.image_archives(images.TARGETS) == archives
 
 
 @pytest.fixture
