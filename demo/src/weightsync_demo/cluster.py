@@ -9,7 +9,15 @@ from typing import Any, Final
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
-from weightsync_contract.names import API_VERSION, GROUP, LABEL_ROLE, PLURAL, TOKEN_AUDIENCE
+from weightsync_contract.names import (
+    API_VERSION,
+    CA_FILE,
+    CA_NAME,
+    GROUP,
+    LABEL_ROLE,
+    PLURAL,
+    TOKEN_AUDIENCE,
+)
 from weightsync_contract.reasons import Role
 
 SCHEDULER: Final = "weightsync-demo"
@@ -119,6 +127,16 @@ class Cluster:
     def viewer_token(self) -> str:
         """A token that may read the WeightSync and so its fleet, as ``kubectl create token`` makes them."""
         return self._token("weightsync-demo-viewer", [], None)
+
+    def bundle(self) -> str:
+        """What the operator's certificate is checked with; empty as long as it is not published."""
+        try:
+            found = self._core.read_namespaced_config_map(CA_NAME, self.namespace)
+        except ApiException as error:
+            if error.status != _NOT_FOUND:
+                raise
+            return ""
+        return str((found.data or {}).get(CA_FILE, ""))
 
     def weightsync(self, name: str) -> dict[str, Any]:
         """The WeightSync as it is."""

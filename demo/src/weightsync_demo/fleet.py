@@ -1,5 +1,6 @@
 """Reads the live fleet from the operator, as any command line or page would."""
 
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -17,11 +18,12 @@ _SECONDS: Final = 5.0
 
 
 class FleetReader:
-    """Polls the operator and keeps the newest answer."""
+    """Polls the operator, whose certificate ``bundle`` (PEM) signs, and keeps the newest answer."""
 
-    def __init__(self, url: str, token: str, on_change: Callable[[FleetView], None]) -> None:
+    def __init__(self, url: str, token: str, bundle: str, on_change: Callable[[FleetView], None]) -> None:
         headers = {"Authorization": f"Bearer {token}"}
         self._request = urllib.request.Request(url, headers=headers)  # noqa: S310 (our own operator)
+        self._tls = ssl.create_default_context(cadata=bundle)
         self._on_change = on_change
         self._latest: FleetView | None = None
         self.trouble = "it was not asked yet"
@@ -60,7 +62,9 @@ class FleetReader:
         )
 
     def _loop(self) -> None:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self._tls)
+        )
         while not self._ended.wait(_PERIOD):
             try:
                 with opener.open(self._request, timeout=_SECONDS) as response:
@@ -81,7 +85,7 @@ def _reason(error: Exception) -> str:
 
 def fleet_url(session_port: int, namespace: str, name: str) -> str:
     """Where the operator answers for one WeightSync."""
-    return f"http://127.0.0.1:{session_port}{FLEET_PATH}/{namespace}/{name}"
+    return f"https://127.0.0.1:{session_port}{FLEET_PATH}/{namespace}/{name}"
 
 
 def inference_members(view: FleetView) -> list[MemberView]:

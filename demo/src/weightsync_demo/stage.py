@@ -88,7 +88,8 @@ def story(
         port = _start_operator(stack, cluster, options.directory, view)
         lap("operator")
 
-        supervisor = Supervisor(cluster, f"ws://127.0.0.1:{port}", options.directory, view.say)
+        bundle = options.directory / "ca.crt"
+        supervisor = Supervisor(cluster, f"wss://127.0.0.1:{port}", bundle, options.directory, view.say)
         stack.callback(supervisor.stop)
         servers = [_server(name, model, options) for name in _MEMBERS]
         first, late = servers[:-1], servers[-1]
@@ -102,7 +103,10 @@ def story(
         view.say("applied examples/weightsync.yaml")
 
         url = fleet_url(port, cluster.namespace, WEIGHTSYNC)
-        fleet = FleetReader(url, cluster.viewer_token(), view.fleet)
+        # The operator publishes it where there is a WeightSync; the kubelet would bring it into each pod.
+        published = wait_for(cluster.bundle, _OPERATOR_SECONDS, "ConfigMap weightsync-ca")
+        bundle.write_text(published)
+        fleet = FleetReader(url, cluster.viewer_token(), published, view.fleet)
         fleet.start()
         stack.callback(fleet.stop)
         ready = trainer.wait("ready", _TRAINER_SECONDS)
@@ -130,7 +134,8 @@ def _start_operator(stack: ExitStack, cluster: Cluster, directory: Path, view: V
     command = [
         *(sys.executable, "-m", "weightsync_operator", "--kubeconfig", str(cluster.kubeconfig)),
         *("--namespace", cluster.namespace, "--lease-namespace", cluster.namespace),
-        *("--session-host", "127.0.0.1", "--session-port", "0", "--health-port", "0"),
+        *("--session-service", "weightsync-operator", "--session-host", "127.0.0.1"),
+        *("--session-port", "0", "--health-port", "0"),
         *("--ports-file", str(ports), "--log-format", "text"),
         *(("--context", cluster.context) if cluster.context else ()),
     ]

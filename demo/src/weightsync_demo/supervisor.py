@@ -49,10 +49,16 @@ class Supervisor:
     """Runs the pods that it was given until stopped."""
 
     def __init__(
-        self, cluster: Cluster, operator_url: str, directory: Path, say: Callable[[str], None]
+        self,
+        cluster: Cluster,
+        operator_url: str,
+        bundle: Path,
+        directory: Path,
+        say: Callable[[str], None],
     ) -> None:
         self._cluster = cluster
         self._operator = operator_url
+        self._bundle = bundle
         self._directory = directory
         self._say = say
         self._pods: dict[str, RunningPod] = {}
@@ -99,7 +105,8 @@ class Supervisor:
             f"{spec.name}/agent",
             [
                 *(sys.executable, "-m", "weightsync_engine.agent", "--role", str(spec.role)),
-                *("--operator", self._operator, "--token-file", str(token), "--pod-ip", "127.0.0.1"),
+                *("--operator", self._operator, "--operator-ca", str(self._bundle)),
+                *("--token-file", str(token), "--pod-ip", "127.0.0.1"),
                 *("--directory", str(shared), "--state-directory", str(state), "--log-format", "text"),
                 *(*identity, *spec.agent_arguments),
             ],
