@@ -169,7 +169,7 @@ class SimAgent:
         self.engine = Engine(name)
         self.journal, self.permit = Journal(), None
         self.stored: tuple[Published, ...] = ()
-        self.run, self.retained, self.pinned = "", 2, None
+        self.run, self.retained, self.pinned = "", 2, ()
         self.incarnations = 0
         self.alive = False
         self.bytes: dict[int, str] = {}
@@ -281,7 +281,7 @@ class SimAgent:
         self._source_changed()
 
     def _trim(self) -> None:
-        keep = {each.version for each in self.stored[-self.retained :]} | {self.pinned}
+        keep = {each.version for each in self.stored[-self.retained :]} | set(self.pinned)
         self.stored = tuple(each for each in self.stored if each.version in keep)
 
     def _source_changed(self) -> None:
@@ -360,7 +360,7 @@ class SimAgent:
                 self._trim()
                 self._source_changed()
             case fx.Pin():
-                self.pinned = effect.version
+                self.pinned = effect.versions
                 self._trim()
                 self._source_changed()
             case fx.TellFleet():

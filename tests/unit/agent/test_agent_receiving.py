@@ -2,7 +2,7 @@
 
 import pytest
 
-from weightsync_contract.messages import Phase, ServingState, TransferState
+from weightsync_contract.messages import Fleet, Phase, ServingState, TransferState
 from weightsync_contract.reasons import FailureCode
 from weightsync_engine.agent.core.effects import (
     AllocateStaging,
@@ -282,10 +282,18 @@ def test_a_send_that_breaks_ends_the_epoch(trainer, kit):
 
 def test_the_trainer_keeps_what_is_wanted_and_tells_the_fleet(trainer, kit):
     did = trainer.desire(wanted=kit.wanted(), retained_versions=3)
-    assert [each for each in did if isinstance(each, (Pin, Retain))] == [Pin(kit.V1), Retain(3)]
+    assert [each for each in did if isinstance(each, (Pin, Retain))] == [Pin((kit.V1,)), Retain(3)]
     assert TellFleet in kinds(did)
     assert trainer.desire(wanted=kit.wanted(), retained_versions=3) == []
-    assert trainer.desire(retained_versions=3) == [Pin(None)]
+    assert trainer.desire(retained_versions=3) == [Pin(())]
+
+
+def test_the_trainer_keeps_what_the_fleet_serves_however_many_failed_since(trainer, kit):
+    served = Fleet(current=kit.V1)
+    assert Pin((kit.V2, kit.V1)) in trainer.desire(wanted=kit.wanted(kit.V2), fleet=served)
+    # The rollout failed: nothing is wanted, and the next ones fail as well.
+    assert Pin((kit.V1,)) in trainer.desire(fleet=served)
+    assert Pin((kit.V2,)) in trainer.desire(wanted=kit.wanted(kit.V2), fleet=Fleet(current=kit.V2))
 
 
 def test_a_trainer_serves_nothing(trainer):

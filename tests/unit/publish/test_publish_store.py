@@ -233,8 +233,13 @@ def test_nothing_is_dropped_after_a_restart_before_it_is_said_how_many_to_keep(t
     after = VersionStore(tmp_path)
     assert read(after, VersionId("run", 1)) == image(1)
     assert kept(after) == ["run/1", "run/2", "run/3", "run/4"]
+    # A trainer goes on while the operator is away.
+    for version in (5, 6, 7):
+        put(after, version)
+    assert kept(after) == ["run/1", "run/2", "run/3", "run/4", "run/6", "run/7"]
+    after.pin(VersionId("run", 1))
     after.set_retained(3)
-    assert kept(after) == ["run/2", "run/3", "run/4"]
+    assert kept(after) == ["run/1", "run/4", "run/6", "run/7"]
 
 
 @pytest.mark.parametrize("failing", ["json", "digests"])

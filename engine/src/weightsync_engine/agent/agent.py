@@ -48,7 +48,7 @@ class Agent:
         self._permit = config.directory / "permit"
         self._incarnation = uuid.uuid4().hex
         self._stopping = asyncio.Event()
-        self._pinned: VersionId | None = None
+        self._pinned: tuple[VersionId, ...] = ()
         self._told: Observed | None = None
 
     def stop(self) -> None:
@@ -181,12 +181,12 @@ class Agent:
 
     def _pin(self, effect: do.Pin) -> None:
         assert self._store is not None
-        # The new one first: between the two, nothing that is needed is without a pin.
-        if effect.version:
-            self._store.pin(effect.version)
-        if self._pinned:
-            self._store.unpin(self._pinned)
-        self._pinned = effect.version
+        # The new ones first: between the two, nothing that is needed is without a pin.
+        for version in effect.versions:
+            self._store.pin(version)
+        for version in self._pinned:
+            self._store.unpin(version)
+        self._pinned = effect.versions
 
 
 def _log_permit(permit: Permit | None) -> None:

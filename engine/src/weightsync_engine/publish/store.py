@@ -66,8 +66,9 @@ class VersionStore:
         self._pinned: dict[VersionId, int] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._recover()
-        # Until it is said how many, none is dropped that an agent before this one kept.
-        self._retained = max(RETAINED, len(self._entries))
+        self._retained = RETAINED
+        # Until it is said how many, none is dropped that an agent before this one kept: the fleet may serve it.
+        self._recovered = frozenset(self._entries)
 
     def versions(self) -> tuple[Published, ...]:
         """What there is a copy of, in the order of publishing."""
@@ -120,6 +121,7 @@ class VersionStore:
         """Keep so many versions."""
         with self._lock:
             self._retained = max(1, count)
+            self._recovered = frozenset()
             self._evict()
 
     def pin(self, version: VersionId) -> None:
@@ -283,8 +285,9 @@ class VersionStore:
         if not entries:
             return
         for entry in entries[: max(0, len(entries) - self._retained)]:
-            if entry.published.version not in self._pinned:
-                self._drop(entry.published.version)
+            version = entry.published.version
+            if version not in self._pinned and version not in self._recovered:
+                self._drop(version)
 
     def _drop(self, version: VersionId) -> None:
         self._entries.pop(version, None)

@@ -185,9 +185,9 @@ class Retain:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Drop no copy of this version, until another Pin; None pins nothing."""
+    """Drop no copy of these versions, until another Pin."""
 
-    version: VersionId | None
+    versions: tuple[VersionId, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ class State:
     """What the journal knew when this agent started: epochs up to these were another process's."""
     source: Source = field(default_factory=Source)
     retained: int = 0
-    pinned: VersionId | None = None
+    pinned: tuple[VersionId, ...] = ()
     fleet: Fleet | None = None
     """The Fleet last told to the trainer."""
     reported: Observed | None = None

@@ -14,7 +14,10 @@ def rules(state: State) -> tuple[State, Effects]:
         return state, ()
     effects: list[Effect] = []
     # The pin comes first: a version about to be sent must not fall out because fewer are to be kept.
-    pinned = desired.wanted.version if desired.wanted else None
+    wanted, current = desired.wanted, desired.fleet.current
+    # However many failed after it: what the fleet serves is what a late joiner or a restarted engine needs.
+    needed = (wanted.version if wanted else None, current)
+    pinned = tuple(dict.fromkeys(version for version in needed if version))
     if pinned != state.pinned:
         effects.append(Pin(pinned))
     if desired.retained_versions != state.retained:
