@@ -1,5 +1,6 @@
 #!/bin/sh
-# Writes go.mod and go.sum anew: update.sh [KUBERNETES_VERSION [KWOK_VERSION]], with the pinned ones by default.
+# Writes go.mod and go.sum anew: update.sh [KUBERNETES_VERSION [KWOK_VERSION [COREDNS_VERSION]]], with the pinned ones
+# by default.
 #
 # k8s.io/kubernetes can't be required as it is: it replaces its staging modules (k8s.io/api and some thirty more)
 # by folders of its own tree, and replacements don't reach a module that requires it. Their published versions
@@ -9,6 +10,7 @@ cd "$(dirname "$0")"
 pinned() { sed -n -E "s#^[[:space:]]*(require )?$1 v([0-9.]+).*#\2#p" go.mod | head -n 1; }
 kubernetes=${1:-$(pinned k8s.io/kubernetes)}
 kwok=${2:-$(pinned sigs.k8s.io/kwok)}
+coredns=${3:-$(pinned github.com/coredns/coredns)}
 staging=v0.${kubernetes#1.}
 
 upstream=$(cd / && go mod download -json "k8s.io/kubernetes@v$kubernetes" | sed -n -E 's/.*"GoMod": "(.*)".*/\1/p')
@@ -19,10 +21,8 @@ upstream=$(cd / && go mod download -json "k8s.io/kubernetes@v$kubernetes" | sed 
     echo
     grep -E '^godebug ' "$upstream"
     echo
-    # A tool, not an import: kwok is a program of its own, pinned here with what it needs.
-    echo "tool sigs.k8s.io/kwok/cmd/kwok"
-    echo
     echo "require ("
+    echo "	github.com/coredns/coredns v$coredns"
     echo "	k8s.io/kubernetes v$kubernetes"
     echo "	sigs.k8s.io/kwok v$kwok"
     echo ")"

@@ -15,7 +15,13 @@ import (
 	"time"
 	_ "time/tzdata" // CronJob time zones, also where the machine has no zone files
 
+	"github.com/coredns/coredns/coremain"
+	// What a cluster's own names need, of CoreDNS's fifty plugins.
+	_ "github.com/coredns/coredns/plugin/bind"
+	_ "github.com/coredns/coredns/plugin/errors"
+	_ "github.com/coredns/coredns/plugin/kubernetes"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdmain"
 	"k8s.io/component-base/cli"
@@ -29,6 +35,10 @@ import (
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
+	kwokconfig "sigs.k8s.io/kwok/pkg/config"
+	kwok "sigs.k8s.io/kwok/pkg/kwok/cmd"
+	kwoklog "sigs.k8s.io/kwok/pkg/log"
+	kwoksignals "sigs.k8s.io/kwok/pkg/utils/signals"
 )
 
 const (
@@ -41,6 +51,7 @@ const (
 
 // Each program ends by returning its exit status.
 var programs = map[string]func() int{
+	"coredns":                 func() int { coremain.Run(); return 0 },
 	"etcd":                    func() int { etcdmain.Main(os.Args); return 0 },
 	"kube-apiserver":          runAPIServer,
 	"kube-controller-manager": command(controllermanager.NewControllerManagerCommand),
@@ -48,6 +59,7 @@ var programs = map[string]func() int{
 	"kube-scheduler":          command(func() *cobra.Command { return scheduler.NewSchedulerCommand() }),
 	"kubectl":                 runKubectl,
 	"kubelet":                 command(func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) }),
+	"kwok":                    runKwok,
 }
 
 func main() {
@@ -80,6 +92,24 @@ func runKubectl() int {
 	// kubectl prints errors in a form of its own; cli.Run would print them as cobra does.
 	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 		kubectlutil.CheckErr(err)
+	}
+	return 0
+}
+
+// runKwok gives kwok the flags that it shares with other commands of its own project, --config among them.
+func runKwok() int {
+	shared := pflag.NewFlagSet("shared", pflag.ContinueOnError)
+	shared.ParseErrorsAllowlist.UnknownFlags = true
+	shared.Usage = func() {}
+	ctx, _ := kwoklog.InitFlags(kwoksignals.SetupSignalContext(), shared)
+	ctx, err := kwokconfig.InitFlags(ctx, shared)
+	if err != nil {
+		fail(fmt.Errorf("kwok: %w", err))
+	}
+	command := kwok.NewCommand(ctx)
+	command.PersistentFlags().AddFlagSet(shared)
+	if command.ExecuteContext(ctx) != nil {
+		return 1 // cobra has said why
 	}
 	return 0
 }

@@ -24,6 +24,7 @@ from weightsync_demo.kube.build import Binaries
 from weightsync_demo.waiting import wait_for
 
 HOST = "127.0.0.1"
+DNS_PORT = 53
 READY_TIMEOUT_S = 120.0
 IMPORT_TIMEOUT_S = 300.0
 
@@ -113,6 +114,7 @@ class Cluster(KubectlCluster):
             self._start_node(name)
         self._each_node(self._prepare_node)
         self._wait_for_default_account()
+        wait_for(self._names_are_answered, READY_TIMEOUT_S, f"DNS; logs: {self.control.log_directory}")
         (self.directory / "up").touch()
         self._progress(f"up after {time.monotonic() - started:.1f} s")
 
@@ -175,6 +177,14 @@ class Cluster(KubectlCluster):
             f"the ServiceAccount that pods need; logs: {self.control.log_directory}",
             ignoring=ClusterError,
         )
+
+    def _names_are_answered(self) -> bool:
+        # It listens once it knows what Services there are.
+        try:
+            with self.inside(), socket.create_connection((CONTROL_ADDRESS, DNS_PORT), 1):
+                return True
+        except OSError:
+            return False
 
     # What tests do
 

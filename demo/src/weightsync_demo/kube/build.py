@@ -1,4 +1,4 @@
-"""The one binary that holds kube-apiserver, etcd and kubectl: found in the cache, else built."""
+"""The one binary that holds all programs of Kubernetes and its DNS: found in the cache, else built."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ from weightsync_demo.kube.locking import exclusive
 from weightsync_demo.kube.source import Source, find_source
 
 PROGRAMS = (
+    "coredns",
     "etcd",
     "kube-apiserver",
     "kube-controller-manager",
@@ -20,6 +21,7 @@ PROGRAMS = (
     "kube-scheduler",
     "kubectl",
     "kubelet",
+    "kwok",
 )
 # Modules, compiled packages, a toolchain and the binary, with a margin.
 DISK_NEEDED_BYTES = 4 * 1024**3
