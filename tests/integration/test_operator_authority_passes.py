@@ -110,7 +110,7 @@ async def test_a_follower_writes_nothing_and_signs_with_what_the_leader_made(
         assert await asyncio.to_thread(bundles.configmap) is None
         async with leader.running():
             await until(lambda: leader.serving.not_ready() == "" and bundles.configmap())
-        follower.later(seconds=1)
+        # Soon, and not with the next look.
         await until(lambda: follower.serving.not_ready() == "")
         await asyncio.to_thread(bundles.objects.core.delete_namespaced_config_map, CA_NAME, namespace)
         before = await asyncio.to_thread(bundles.secret)

@@ -104,15 +104,18 @@ class Authority:
         """Keep everything as it has to be, for ever."""
         while True:
             self._wake.clear()
-            seconds = self._times.check
+            failed = True
             try:
                 async with asyncio.timeout(_PASS_SECONDS):
                     await self._pass()
+                failed = False
             except (KubeError, TimeoutError) as error:
                 self._trouble(f"Secret {self._secret} can't be kept: {str(error) or repr(error)}")
-                seconds = min(seconds, _AGAIN_SECONDS)
             except Exception:
-                log.exception("the authority can't be kept", again_in=seconds)
+                log.exception("the authority can't be kept")
+            # A follower is waited for until the leader has made what it signs with.
+            soon = failed or self._serving.not_ready()
+            seconds = min(self._times.check, _AGAIN_SECONDS) if soon else self._times.check
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._wake.wait()
