@@ -136,6 +136,8 @@ async def test_an_agent_that_is_killed_and_started_again_is_not_noticed(fleet, e
         "member", lambda told: told.serving.state is ServingState.SERVING, "serving again", SECONDS
     )
     assert set(user.stop()) == {tuple(expected[1])}
+    # Not for a moment does it say that its engine is away: it would be left out of a rollout that begins then.
+    assert {told.serving.state for told in fleet.operator.pod("member").reports} == {ServingState.SERVING}
 
 
 async def test_a_restarted_engine_answers_nobody_until_it_was_brought_up_again(fleet, engine, expected):

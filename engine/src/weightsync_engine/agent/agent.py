@@ -1,6 +1,7 @@
 """An agent, put together: the core in the middle, and an edge for each thing that it deals with."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import uuid
@@ -36,6 +37,7 @@ from weightsync_engine.transfer.process import ChildPool
 log = logs.get(__name__)
 
 COMMIT_GRACE_SECONDS: Final = 5.0
+FIRST_LOOK_SECONDS: Final = 2.0
 """So long an agent that is to end waits for a commit under way: else the engine would be fenced."""
 
 
@@ -87,7 +89,7 @@ class Agent:
             stack.push_async_callback(self._children.close)
             operator = Operator(config.operator, config.token_file, config.operator_ca)
             self._session = Session(operator, self._hello, runner.post)
-            loops = [runner.run(), self._session.run()]
+            loops = [runner.run(), self._dial()]
             if self._store is not None:
                 self._publish = PublishServer(config.directory / SOCKET_NAME, self._store)
                 self._publish.on_change = lambda: runner.post(SourceChanged(self._publish.source()))
@@ -107,6 +109,14 @@ class Agent:
                 await runner.until(lambda state: state.serving.commit is None, COMMIT_GRACE_SECONDS)
                 for task in tasks:
                     task.cancel()
+
+    async def _dial(self) -> None:
+        """Not before the engine was looked for: an agent that restarts would say that it does not answer."""
+        if self._engine is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                    await self._engines.looked.wait()
+        await self._session.run()
 
     async def _health(self, stack: AsyncExitStack) -> None:
         if self._config.health_port is None:

@@ -54,6 +54,8 @@ class Engines:
         self._tasks: set[asyncio.Task[None]] = set()
         self._driving: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
+        self.looked = asyncio.Event()
+        """It was looked for once: seen, or not."""
 
     async def watch(self) -> None:
         """Probe until cancelled."""
@@ -76,6 +78,7 @@ class Engines:
                     log.info("engine seen", boot=info.boot, world_size=info.world_size)
                     self._post(EngineSeen(info.boot, info.world_size, tuple(info.capabilities)))
                 last, missed = info, 0
+            self.looked.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._look.wait()
