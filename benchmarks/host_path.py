@@ -4,7 +4,8 @@
 
 Real children, real gloo on loopback, real descriptors: from the commands to ``Received``, the digest and all
 that a process has to do beside moving bytes included; the memory is fresh each time, and prepared before, as
-in phase Check, unless it says otherwise. The bare broadcasts (torch.distributed's own API, one
+in phase Check, unless it says otherwise. ``until unmapped`` is when the memory can be sealed: a version counts as
+staged before, but is not applied before. The bare broadcasts (torch.distributed's own API, one
 tensor as a whole, and the same in pieces, which is faster or slower with the machine) run in the same minutes
 in processes of their own; every round has each of them once, in turn. The ratio is taken against the faster
 one. What large pages for shared memory do is shown by running it twice, with ``never`` and with ``advise`` in
