@@ -115,9 +115,10 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     cpu|cuda) \
         /build/bin/pip install --quiet --no-deps --require-hashes --only-binary :all: --no-compile \
             --target /opt/torch -r "requirements/torch-$TORCH.txt" \
-        && rm -rf /opt/torch/bin /opt/torch/torch/bin /opt/torch/torch/include /opt/torch/torch/share \
+        && rm -rf /opt/torch/bin /opt/torch/torch/include /opt/torch/torch/share \
             /opt/torch/nvidia/*/include \
-        && python3 -m compileall -q -f --invalidation-mode unchecked-hash /opt/torch ;; \
+        && python3 -m compileall -q -f --invalidation-mode unchecked-hash -x testing/_internal /opt/torch \
+        && PYTHONPATH=/opt/torch python3 -c 'import torch.distributed; assert torch.distributed.is_gloo_available()' ;; \
     *) echo "TORCH=$TORCH is none of cpu, cuda, none" >&2; exit 1 ;; \
     esac
 
@@ -168,7 +169,7 @@ USER 0:0
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     --mount=type=bind,from=carried,source=/carried,target=/carried \
     export PYTHONPATH=/carried/pip PYTHONDONTWRITEBYTECODE=1 PIP_CONFIG_FILE=/run/secrets/pip PIP_NO_CACHE_DIR=1 \
-        PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore \
+        PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
     && python3 -m pip install --quiet --no-deps --require-hashes --only-binary :all: -r /carried/plugin.txt \
     && python3 -m pip install --quiet --no-index --no-deps /carried/*.whl \
     && mkdir -p /run/weightsync /var/lib/weightsync \
