@@ -252,7 +252,7 @@ async def test_the_newest_connection_of_a_pod_counts() -> None:
         assert operator.registry.views()["uid-1"].connected
 
 
-async def test_another_process_of_the_pod_starts_from_nothing() -> None:
+async def test_another_process_of_the_pod_counts_once_it_has_reported() -> None:
     async with serving() as operator:
         async with dialled(operator) as socket:
             await welcomed(socket)
@@ -260,10 +260,21 @@ async def test_another_process_of_the_pod_starts_from_nothing() -> None:
             await operator.until(lambda: operator.registry.views()["uid-1"].observed is not None)
         async with dialled(operator) as socket:
             await welcomed(socket)
-            assert operator.registry.views()["uid-1"].observed is not None
+            view = operator.registry.views()["uid-1"]
+            assert (view.connected, view.observed is not None) == (True, True)
         async with dialled(operator) as socket:
             await welcomed(socket, incarnation="two")
-            assert operator.registry.views()["uid-1"].observed is None
+            # A member that is away, and what it served: not one that nothing is known of.
+            view = operator.registry.views()["uid-1"]
+            assert (view.hello.incarnation, view.connected, view.observed is not None) == ("one", False, True)
+            operator.registry.ask("uid-1", WANTED)
+            operator.registry.release("uid-1", Released(WANTED.term))
+            await socket.send_json(OBSERVED)
+            await operator.until(lambda: operator.registry.views()["uid-1"].connected)
+            assert operator.registry.views()["uid-1"].hello.incarnation == "two"
+            # The first thing that it is asked was asked after its report.
+            operator.registry.ask("uid-1", replace(WANTED, retained_versions=7))
+            assert (await receive(socket))["retainedVersions"] == 7
 
 
 async def test_what_was_asked_already_is_not_sent_again_but_to_a_new_session() -> None:

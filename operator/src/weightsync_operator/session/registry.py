@@ -23,6 +23,11 @@ class _Agent:
     session: Session | None
     asked: Desired | Released | None = None
 
+    @property
+    def speaks(self) -> bool:
+        """Whether the view is of the process that the session is with."""
+        return self.session is not None and self.session.hello.incarnation == self.view.hello.incarnation
+
 
 class Registry:
     """Belongs to one event loop."""
@@ -51,10 +56,17 @@ class Registry:
         known = self._agents.get(uid)
         if known is not None and known.session is not None:
             known.session.refuse(RefusalCode.REPLACED, "a newer connection speaks for this pod")
-        same_process = known is not None and known.view.hello.incarnation == hello.incarnation
-        observed = known.view.observed if known is not None and same_process else None
-        nacked_term = known.view.nacked_term if known is not None else 0
-        self._agents[uid] = _Agent(AgentView(hello, observed, True, self._clock(), nacked_term), session)
+        now = self._clock()
+        if known is None or known.view.observed is None:
+            nacked_term = known.view.nacked_term if known is not None else 0
+            view = AgentView(hello, None, True, now, nacked_term)
+        elif known.view.hello.incarnation == hello.incarnation:
+            view = replace(known.view, hello=hello, connected=True, changed_at=now)
+        else:
+            # Another process: until it has reported, what counts is that the one before is away, and what that one
+            # served. Otherwise a member would be nobody's in between, and be left out of a rollout that begins then.
+            view = replace(known.view, connected=False, changed_at=now)
+        self._agents[uid] = _Agent(view, session)
         log.info("session opened", pod=_name(hello), role=hello.role, incarnation=hello.incarnation)
         self._on_change(hello.pod.namespace, False)
 
@@ -76,7 +88,7 @@ class Registry:
             return
         match message:
             case Observed():
-                self._observed(agent, message)
+                self._observed(agent, session.hello, message)
             case Nack():
                 self._nacked(agent, message)
             case Hello():
@@ -95,7 +107,7 @@ class Registry:
     def ask(self, uid: str, desired: Desired) -> None:
         """Want something of an agent; what it was asked already, but for the time left, is not sent again."""
         agent = self._agents.get(uid)
-        if agent is None or agent.session is None:
+        if agent is None or not agent.speaks:
             return
         if isinstance(agent.asked, Desired) and _same(agent.asked, desired):
             return
@@ -106,7 +118,7 @@ class Registry:
     def release(self, uid: str, released: Released) -> None:
         """Want nothing of an agent."""
         agent = self._agents.get(uid)
-        if agent is not None and agent.session is not None and agent.asked != released:
+        if agent is not None and agent.speaks and agent.asked != released:
             self._send(agent, released)
 
     def close_all(self, message: str) -> None:
@@ -120,7 +132,11 @@ class Registry:
         if agent.session is not None:
             agent.session.offer(message)
 
-    def _observed(self, agent: _Agent, observed: Observed) -> None:
+    def _observed(self, agent: _Agent, hello: Hello, observed: Observed) -> None:
+        if agent.view.hello.incarnation != hello.incarnation:
+            agent.view = AgentView(hello, observed, True, self._clock(), agent.view.nacked_term)
+            self._on_change(hello.pod.namespace, False)
+            return
         before = agent.view.observed
         if before == observed:
             return
