@@ -17,6 +17,8 @@ import images
 from image_root import USER, Image, unpack
 from image_tools import ImageError
 
+# Whichever is first waits for all images.
+pytestmark = pytest.mark.timeout(1800)
 MB = 1_000_000
 # Limits of what is unpacked on a node. Without torch: the tests mount theirs.
 LIMITS = {"operator": 250 * MB, "agent": 150 * MB}
@@ -95,7 +97,6 @@ def site(image: Callable[[str], Image]) -> str:
     return str(host)
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", images.TARGETS)
 def test_an_image_says_what_it_is(image: Callable[[str], Image], target: str) -> None:
     built = image(target)
