@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cluster", "a cluster that is there already (both or none)")
     group.addoption("--kubeconfig", type=Path, help="the file that names it")
     group.addoption("--context", help="which of the file's contexts it is")
+    parser.addoption("--table", type=Path, help="write what the scenarios measured there (.md or .json)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,9 +24,9 @@ def test_every_link_within_the_project_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_make_target_that_is_named_exists(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", page.read_text())) | set(
-        re.findall(r"^make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z0-9-]+)", page.read_text())) | set(
+        re.findall(r"^make ([a-z0-9-]+)", page.read_text(), re.MULTILINE)
     )
     assert named <= targets
 
@@ -59,7 +59,9 @@ def test_the_example_asks_for_nothing_that_is_not_there_yet() -> None:
 
 def test_flags_that_the_readme_names_are_flags() -> None:
     operator = (ROOT / "operator/src/weightsync_operator/settings.py").read_text()
-    for flag in re.findall(r"(?<=\s)--[a-z-]+", README.split("## On a cluster")[1].split("```")[1]):
+    commands = re.findall(r"python -m weightsync_operator([^`\n]*)", README)
+    assert commands
+    for flag in re.findall(r"(?<=\s)--[a-z-]+", " ".join(commands)):
         assert f'"{flag}"' in operator, flag
     demos = demo._parse([])
     for flag in re.findall(r"ARGS=\"?(--[a-z-]+)", README):
@@ -72,3 +74,10 @@ def test_the_columns_of_the_crd_read_conditions_that_exist() -> None:
     named = set(re.findall(r'@\.type=="(\w+)"', str(columns)))
     assert named
     assert named <= {condition.value for condition in Condition}
+
+
+def test_what_the_readme_installs_and_applies_is_there() -> None:
+    named = re.findall(r"helm install \S+ (\S+)|kubectl apply -f (\S+?)[`\s]", README)
+    assert len(named) >= 4
+    for path in (path for pair in named for path in pair if path):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,114 @@
+"""What happens to every fleet: versions, more and fewer pods, pods and containers that end and come back.
+
+In real pods on real nodes, each scenario under steady requests to every server. One fleet goes through all of them;
+each begins with everybody on the newest version. The servers are the reference engine, and a transfer is held to some
+seconds, so that there is a middle.
+"""
+
+import pytest
+from pod_fleet import TRANSFERRING, UP_SECONDS, WEIGHTSYNC, PodFleet
+from scenario_table import Table
+
+from weightsync_demo.answers import RefusedError
+from weightsync_demo.waiting import wait_for
+
+pytestmark = pytest.mark.timeout(900)
+CALM = "everybody is on the newest version"
+
+
+def test_first_sync(started: PodFleet, table: Table) -> None:
+    first = tuple(started.engines)
+    for name in first:
+        with pytest.raises(RefusedError):
+            started.ask(name)
+    with started.scene("first sync", "the first version is published", first) as scene:
+        scene.begin("servers are up and answer nothing")
+        started.wait_served(started.publish())
+        scene.end()
+        started.namespace.wait(f"weightsync/{WEIGHTSYNC}", "Ready", 60)
+    table.add(scene)
+    for name in first:
+        started.namespace.wait(f"pod/{name}", "Ready", 60)
+
+
+def test_next_version(synced: PodFleet, table: Table) -> None:
+    with synced.scene("next version", "a version is published") as scene:
+        scene.begin(CALM)
+        synced.wait_served(synced.publish())
+        scene.end()
+    table.add(scene)
+
+
+def test_scale_up_and_down(synced: PodFleet, table: Table) -> None:
+    with synced.scene("scale up", "a third server is added", ("engine-2",)) as scene:
+        scene.begin(CALM)
+        synced.namespace.kubectl("scale", "statefulset/engine", "--replicas=3")
+        synced.watch("engine-2")
+        synced.wait_served(synced.version)
+        scene.end()
+    table.add(scene)
+
+    synced.forget("engine-2")
+    with synced.scene("scale down", "the third server is taken away, then a version is published") as scene:
+        synced.namespace.kubectl("scale", "statefulset/engine", "--replicas=2")
+        scene.begin(CALM)
+        synced.wait_served(synced.publish())
+        scene.end()
+    table.add(scene)
+    wait_for(lambda: synced.status()["members"]["total"] == 2, 60, "two members in the status")
+
+
+def test_inference_pod_killed_in_mid_transfer(synced: PodFleet, table: Table) -> None:
+    with synced.scene("inference pod killed", "engine-1 is deleted without grace", ("engine-1",)) as scene:
+        version = synced.publish_into_transfer()
+        synced.kill_pod("engine-1")
+        scene.begin("in mid-transfer")
+        synced.wait_served(version, seconds=UP_SECONDS)
+        scene.end()
+    table.add(scene)
+
+
+def test_engine_container_restarted(synced: PodFleet, table: Table) -> None:
+    before = synced.pods()["engine-0"].restarts
+    with synced.scene("engine container restarted", "engine-0's engine is killed", ("engine-0",)) as scene:
+        synced.kill_container("engine-0", "weightsync_engine.reference")
+        scene.begin(CALM)
+        wait_for(lambda: synced.pods()["engine-0"].restarts > before, 60, "the kubelet to restart it")
+        synced.wait_served(synced.version, seconds=UP_SECONDS)
+        scene.end()
+    table.add(scene)
+
+
+def test_agent_container_restarted(synced: PodFleet, table: Table) -> None:
+    before = synced.pods()["engine-1"].restarts
+    with synced.scene("agent container restarted", "engine-1's agent is killed") as scene:
+        synced.kill_container("engine-1", "weightsync_engine.agent")
+        scene.begin(CALM)
+        wait_for(lambda: synced.pods()["engine-1"].restarts > before, 60, "the kubelet to restart it")
+        synced.wait_served(synced.publish())
+        scene.end()
+    table.add(scene)
+
+
+def test_trainer_pod_replaced(synced: PodFleet, table: Table) -> None:
+    with synced.scene("trainer pod replaced", "trainer-0 is deleted without grace") as scene:
+        scene.begin(CALM)
+        synced.replace_trainer()
+        synced.wait_served(synced.publish())
+        scene.end()
+    table.add(scene)
+
+
+@pytest.mark.parametrize("phase", ["Grouping", "Checking", TRANSFERRING, "Committing"])
+def test_operator_killed(synced: PodFleet, table: Table, phase: str) -> None:
+    leader = synced.leader()
+    with synced.scene("operator killed", f"the leader of two replicas is killed as of {phase}") as scene:
+        version = synced.publish()
+        # A short phase may be over before anybody sees it.
+        seen = synced.wait_phase(phase, TRANSFERRING, "Committing", "Complete")
+        synced.kill_container(leader, "weightsync_operator", synced.release)
+        scene.begin(f"seen in {seen}")
+        synced.wait_served(version)
+        scene.end()
+    table.add(scene)
+    synced.wait_operator()

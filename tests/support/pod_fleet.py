@@ -1,0 +1,377 @@
+"""A fleet in real pods, what a test does to it, and what its users meet meanwhile."""
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pod_manifests
+import pod_trainer
+import torch
+from chart_release import Helm, Object
+from kubernetes import client, config
+from pod_manifests import ENGINE_PORT
+
+from image_build import SITES, host_site
+from images import image_name, project_version
+from weightsync_cluster.cluster import Cluster
+from weightsync_cluster.kubectl import Namespace
+from weightsync_demo.answers import TOKENS, Answer, Expected, RefusedError, Tally, Traffic, ask
+from weightsync_demo.waiting import wait_for
+from weightsync_engine.reference.llama import Cache, Config, Llama
+from weightsync_engine.reference.model_files import TINY, random_weights
+
+PROMPT = (72, 101, 80, 115, 90, 33)
+WEIGHTSYNC = "policy"
+TRANSFERRING = "Transferring"
+UP_SECONDS = 180.0
+"""For a pod, from the wish for it to its first answer."""
+LIMIT_RATE = "150KiB"
+"""Some four seconds a version."""
+PERIOD = 0.1
+"""Seconds between two requests to one server."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """What is to be known of one."""
+
+    name: str
+    uid: str
+    node: str
+    ip: str
+    ready: bool
+    restarts: int
+
+
+@dataclass
+class Scene:
+    """One scenario: what happened, when, how long it took, and what the servers' users met."""
+
+    scenario: str
+    event: str
+    when: str = ""
+    seconds: float = 0.0
+    touched: tuple[str, ...] = ()
+    """Servers that may refuse or fail: they were killed, are new, or were cut off."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    _began: float = 0.0
+
+    def begin(self, when: str) -> None:
+        """The event is now."""
+        self.when, self._began = when, time.monotonic()
+
+    def end(self) -> None:
+        """All serve the right version now."""
+        self.seconds = time.monotonic() - self._began
+
+    def row(self) -> dict[str, Any]:
+        """For the table."""
+        tallies = list(self.tallies.items())
+        others = [tally for name, tally in tallies if name not in self.touched]
+        return {
+            "scenario": self.scenario,
+            "event": self.event,
+            "when": self.when,
+            "seconds": round(self.seconds, 1),
+            "right": sum(tally.right for _, tally in tallies),
+            "across": sum(tally.across for _, tally in tallies),
+            "unanswered_by_others": sum(tally.refused + tally.failed for tally in others),
+            "unanswered_by_touched": sum(
+                tally.refused + tally.failed for name, tally in tallies if name in self.touched
+            ),
+            "wrong": sum(len(tally.wrong) for _, tally in tallies),
+        }
+
+    def check(self) -> None:
+        """Nobody was answered wrong; whoever was not touched answered everybody."""
+        for name, tally in self.tallies.items():
+            assert not tally.wrong, f"{self.scenario}: {tally.wrong}"
+            if name not in self.touched:
+                assert (tally.refused, tally.failed) == (0, 0), f"{self.scenario}: {name} {tally}"
+                assert tally.right > 0, f"{self.scenario}: nobody asked {name}"
+
+
+class Release:
+    """The operator, installed by its chart as a user would."""
+
+    def __init__(self, helm: Helm, namespace: Namespace, **values: Any) -> None:
+        self._helm, self.namespace, self._values = helm, namespace, values
+
+    def install(self, **values: Any) -> None:
+        """Install it, or upgrade it with these values on top of those that it has."""
+        self._helm.install(self.namespace.name, **self._values, **values)
+
+
+class PodFleet:
+    """A trainer and servers in the pods of one namespace; ``release`` is the operator's.
+
+    ``model`` is the directory of the checkpoint that the servers begin with.
+    """
+
+    def __init__(self, cluster: Cluster, namespace: str, release: Release, model: Path) -> None:
+        self.cluster, self.namespace, self.model = cluster, Namespace(cluster, namespace), model
+        self.release, self.upgrade = release.namespace, release.install
+        self._label = ""
+        self.version = 0
+        self._traffic: dict[str, Traffic] = {}
+        self._expected: dict[int, Expected] = {}
+        self._pods: dict[str, Pod] = {}
+        self._ended = threading.Event()
+        self._looking = threading.Thread(target=self._look, name="pods", daemon=True)
+        self._looking.start()
+
+    def create(self, command: list[str], env: dict[str, str], label: str = "") -> None:
+        """Make the namespace, the WeightSync, the trainer, and two servers that run ``command``."""
+        self._label = label
+        self.namespace.create()
+        image, site = image_name("vllm", project_version()), (host_site(), SITES["vllm"])
+        self.apply(
+            pod_manifests.weightsync(),
+            *pod_manifests.trainer(image, site, LIMIT_RATE, self.cluster.nodes[0]),
+            *pod_manifests.engines(image, site, self.model, 2, command, env),
+        )
+
+    def close(self) -> None:
+        """End the steady requests, and remove the namespace."""
+        self._ended.set()
+        for traffic in self._traffic.values():
+            traffic.stop()
+        self._looking.join(10)
+        self.namespace.delete()
+
+    # --------------------------------------------------------------------------------- what is seen
+
+    @cached_property
+    def _core(self) -> client.CoreV1Api:
+        configuration = client.Configuration()
+        config.load_kube_config(str(self.cluster.kubeconfig), client_configuration=configuration)
+        configuration.proxy = None
+        return client.CoreV1Api(client.ApiClient(configuration))
+
+    @cached_property
+    def _custom(self) -> client.CustomObjectsApi:
+        return client.CustomObjectsApi(self._core.api_client)
+
+    def pods(self, app: str = "") -> dict[str, Pod]:
+        """The pods that are not about to go, by name; of one application, if it is named."""
+        answer = self._core.list_namespaced_pod(
+            self.namespace.name, label_selector=f"app={app}" if app else "", _preload_content=False
+        )
+        found = {}
+        for item in json.loads(answer.data)["items"]:
+            if "deletionTimestamp" in item["metadata"]:
+                continue
+            status = item["status"]
+            ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", ()))
+            statuses = (*status.get("containerStatuses", ()), *status.get("initContainerStatuses", ()))
+            name = item["metadata"]["name"]
+            found[name] = Pod(
+                name,
+                item["metadata"]["uid"],
+                item["spec"].get("nodeName", ""),
+                status.get("podIP", ""),
+                ready,
+                sum(each["restartCount"] for each in statuses),
+            )
+        return found
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.3):
+            try:
+                self._pods = self.pods()
+            except (OSError, client.ApiException):
+                continue
+
+    @property
+    def engines(self) -> list[str]:
+        """The servers that are asked."""
+        return list(self._traffic)
+
+    def status(self) -> dict[str, Any]:
+        """The WeightSync's status; empty before the first."""
+        found = self._custom.get_namespaced_custom_object(
+            "weightsync.dev", "v1alpha1", self.namespace.name, "weightsyncs", WEIGHTSYNC
+        )
+        return dict(found.get("status", {}))
+
+    def condition(self, kind: str) -> tuple[str, str, str]:
+        """Status, reason and message of a condition."""
+        for each in self.status().get("conditions", ()):
+            if each["type"] == kind:
+                return each["status"], each["reason"], each["message"]
+        return "", "", ""
+
+    def phase(self) -> str:
+        """The reason of the condition Progressing."""
+        return self.condition("Progressing")[1]
+
+    def wait_phase(self, *phases: str, seconds: float = 60.0) -> str:
+        """Until a rollout is in one of these phases; which."""
+
+        def found() -> str:
+            now = self.phase()
+            return now if now in phases else ""
+
+        return wait_for(found, seconds, f"phase {' or '.join(phases)}; {self.status()}", interval=0.02)
+
+    # ---------------------------------------------------------------------------------- what is asked
+
+    def ask(self, name: str) -> Answer:
+        """One completion by a server. Raises RefusedError, OSError."""
+        pod = self._pods.get(name)
+        if pod is None or not pod.ip:
+            raise ConnectionError(f"{name} has no address")
+        with self.cluster.inside():
+            return ask(ENGINE_PORT, PROMPT, TOKENS, pod.ip)
+
+    def expected(self, version: int) -> Expected | None:
+        """What the trainer's weights answer; None for a version that was never published."""
+        return self._expected.get(version)
+
+    def up(self, name: str) -> bool:
+        """Whether its engine answers at all, and if only that it has no permit."""
+        try:
+            self.ask(name)
+        except RefusedError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def watch(self, *names: str, seconds: float = UP_SECONDS) -> None:
+        """Wait until these servers are up, then ask them all the time."""
+        for name in names:
+            wait_for(partial(self.up, name), seconds, f"{name}'s engine to answer")
+            self._traffic[name] = Traffic(name, partial(self.ask, name), self.expected, PERIOD)
+            self._traffic[name].start()
+
+    def forget(self, *names: str) -> None:
+        """Ask these no more."""
+        for name in names:
+            self._traffic.pop(name).stop()
+
+    # ------------------------------------------------------------------------------------- what is done
+
+    def publish(self) -> int:
+        """The next version, published; returns it."""
+        self.version += 1
+        self._expected[self.version] = _answer_of(self.model, self.version)
+        url = (
+            f"http://{self.pods('trainer')['trainer-0'].ip}:{pod_trainer.PORT}/publish?version={self.version}"
+        )
+        with self.cluster.inside():
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(urllib.request.Request(url, data=b""), timeout=90) as answer:
+                assert json.loads(answer.read())["digest"]
+        return self.version
+
+    def publish_into_transfer(self) -> int:
+        """The next version, published, with its bytes on the way; returns it."""
+        version = self.publish()
+        self.wait_phase(TRANSFERRING)
+        return version
+
+    def serves(self, name: str, version: int) -> bool:
+        """Does it answer as that version? RefusedError and OSError count as not yet."""
+        answer, expected = self.ask(name), self._expected[version]
+        return answer.version == version and answer.tokens == expected.tokens
+
+    def wait_served(self, version: int, names: list[str] | None = None, seconds: float = 90.0) -> None:
+        """Until all these servers, else all that are asked, answer as ``version``."""
+        for name in self.engines if names is None else names:
+            what = f"{name} to serve version {version}"
+            try:
+                wait_for(partial(self.serves, name, version), seconds, what, ignoring=(RefusedError, OSError))
+            except TimeoutError as error:
+                raise TimeoutError(f"{error}; status {json.dumps(self.status(), indent=1)}") from error
+
+    def apply(self, *objects: Object) -> None:
+        self.namespace.apply(*objects)
+
+    def kill_container(self, pod: str, marker: str, namespace: Namespace | None = None) -> None:
+        """SIGKILL the processes of a pod whose command line has ``marker``; the kubelet starts the container again."""
+        found = (namespace or self.namespace).read("pod", pod)
+        uid, node = found["metadata"]["uid"], found["spec"]["nodeName"]
+        script = (
+            f"found=; for p in $(pgrep -f -- '{marker}'); do "
+            # cgroupfs writes a pod's uid as it is, systemd with underscores.
+            f"if grep -qE '{uid}|{uid.replace('-', '_')}' /proc/$p/cgroup 2>/dev/null; then kill -9 $p && found=1; fi; "
+            'done; test -n "$found"'
+        )
+        self.cluster.run_on_node(node, "sh", "-c", script)
+
+    def kill_pod(self, pod: str) -> None:
+        """Take a pod away at once, as an eviction without grace does."""
+        self.namespace.kubectl("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
+
+    def replace_trainer(self) -> None:
+        """Take the trainer's pod away at once, and wait until another is Ready."""
+        before = self.pods("trainer")["trainer-0"].uid
+        self.kill_pod("trainer-0")
+
+        def another() -> bool:
+            pod = self.pods("trainer").get("trainer-0")
+            return pod is not None and pod.uid != before and pod.ready
+
+        wait_for(another, UP_SECONDS, "another trainer-0")
+
+    def leader(self) -> str:
+        """The pod of the operator that leads."""
+        lease = self.release.read("lease", "weightsync-operator")
+        holder = str(lease["spec"].get("holderIdentity") or "")
+        names = [item["metadata"]["name"] for item in self.release.read("pods")["items"]]
+        found = next((name for name in names if holder.startswith(name)), "")
+        assert found, f"{holder!r} is none of {names}"
+        return found
+
+    def wait_operator(self) -> None:
+        """Until all of its replicas are there and Ready."""
+        self.release.kubectl(
+            "rollout", "status", "deployment/weightsync-operator", "--timeout=120s", timeout=130
+        )
+
+    @contextmanager
+    def scene(self, scenario: str, event: str, touched: tuple[str, ...] = ()) -> Iterator[Scene]:
+        """Tallies of the steady requests within the block, checked at its end."""
+        made = Scene(f"{self._label}{scenario}", event, touched=touched)
+        for traffic in self._traffic.values():
+            traffic.tally = Tally()
+        try:
+            yield made
+            made.tallies = {name: traffic.tally for name, traffic in self._traffic.items()}
+            made.check()
+        except BaseException:
+            print(self.story())
+            raise
+
+    def story(self) -> str:
+        """What was said lately, for whoever looks for the reason of a failure."""
+        told = [json.dumps(self.status(), indent=1)]
+        for space in (self.namespace, self.release):
+            told.append(space.kubectl("get", "pods", "--output=wide"))
+            for name in space.read("pods")["items"]:
+                pod = name["metadata"]["name"]
+                log = space.kubectl("logs", pod, "--all-containers", "--prefix", "--tail=25")
+                told += [f"---- {pod}", log]
+        return "\n".join(told)
+
+
+def _answer_of(model: Path, version: int) -> Expected:
+    """Computed from the weights themselves, greedily, with the least lead of a token over the next one."""
+    llama = Llama(Config.read(model), random_weights(TINY, pod_trainer.SEED + version))
+    cache, made, margin, new = Cache(), list[int](), float("inf"), list(PROMPT)
+    with torch.inference_mode():
+        for _ in range(TOKENS):
+            top = torch.topk(llama.forward(torch.tensor(new), cache), 2)
+            margin = min(margin, float(top.values[0] - top.values[1]))
+            new = [int(top.indices[0])]
+            made += new
+    assert margin > 1e-3, f"version {version}: a token leads by {margin:.1e} only: no fair test"
+    return Expected(tuple(made), "", margin)
