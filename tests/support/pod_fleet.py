@@ -30,8 +30,10 @@ from weightsync_engine.reference.model_files import TINY, random_weights
 PROMPT = (72, 101, 80, 115, 90, 33)
 WEIGHTSYNC = "policy"
 TRANSFERRING = "Transferring"
-UP_SECONDS = 180.0
-"""For a pod, from the wish for it to its first answer."""
+UP_SECONDS = {"reference": 180.0, "vllm": 420.0}
+"""For a server, from the wish for it to its first answer, on two cores that start others too."""
+MARKERS = {"reference": "weightsync_engine.reference", "vllm": "vllm.entrypoints"}
+"""What is in the command line of an engine's process."""
 LIMIT_RATE = "150KiB"
 """Some four seconds a version."""
 PERIOD = 0.1
@@ -54,6 +56,7 @@ class Pod:
 class Scene:
     """One scenario: what happened, when, how long it took, and what the servers' users met."""
 
+    engine: str
     scenario: str
     event: str
     when: str = ""
@@ -76,6 +79,7 @@ class Scene:
         tallies = list(self.tallies.items())
         others = [tally for name, tally in tallies if name not in self.touched]
         return {
+            "engine": self.engine,
             "scenario": self.scenario,
             "event": self.event,
             "when": self.when,
@@ -115,10 +119,11 @@ class PodFleet:
     ``model`` is the directory of the checkpoint that the servers begin with.
     """
 
-    def __init__(self, cluster: Cluster, namespace: str, release: Release, model: Path) -> None:
-        self.cluster, self.namespace, self.model = cluster, Namespace(cluster, namespace), model
+    def __init__(self, cluster: Cluster, kind: str, release: Release, model: Path) -> None:
+        self.cluster, self.kind, self.model = cluster, kind, model
+        self.namespace = Namespace(cluster, f"fleet-{kind}")
         self.release, self.upgrade = release.namespace, release.install
-        self._label = ""
+        self.up_seconds = UP_SECONDS[kind]
         self.version = 0
         self._traffic: dict[str, Traffic] = {}
         self._expected: dict[int, Expected] = {}
@@ -127,15 +132,14 @@ class PodFleet:
         self._looking = threading.Thread(target=self._look, name="pods", daemon=True)
         self._looking.start()
 
-    def create(self, command: list[str], env: dict[str, str], label: str = "") -> None:
-        """Make the namespace, the WeightSync, the trainer, and two servers that run ``command``."""
-        self._label = label
+    def create(self) -> None:
+        """Make the namespace, the WeightSync, the trainer, and two servers."""
         self.namespace.create()
         image, site = image_name("vllm", project_version()), (host_site(), SITES["vllm"])
         self.apply(
             pod_manifests.weightsync(),
             *pod_manifests.trainer(image, site, LIMIT_RATE, self.cluster.nodes[0]),
-            *pod_manifests.engines(image, site, self.model, 2, command, env),
+            *pod_manifests.engines(self.kind, image, site, self.model, 2),
         )
 
     def close(self) -> None:
@@ -245,10 +249,10 @@ class PodFleet:
             return False
         return True
 
-    def watch(self, *names: str, seconds: float = UP_SECONDS) -> None:
+    def watch(self, *names: str) -> None:
         """Wait until these servers are up, then ask them all the time."""
         for name in names:
-            wait_for(partial(self.up, name), seconds, f"{name}'s engine to answer")
+            wait_for(partial(self.up, name), self.up_seconds, f"{name}'s engine to answer")
             self._traffic[name] = Traffic(name, partial(self.ask, name), self.expected, PERIOD)
             self._traffic[name].start()
 
@@ -307,6 +311,10 @@ class PodFleet:
         )
         self.cluster.run_on_node(node, "sh", "-c", script)
 
+    def kill_engine(self, pod: str) -> None:
+        """SIGKILL a server's engine; its agent lives on."""
+        self.kill_container(pod, MARKERS[self.kind])
+
     def kill_pod(self, pod: str) -> None:
         """Take a pod away at once, as an eviction without grace does."""
         self.namespace.kubectl("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
@@ -320,7 +328,7 @@ class PodFleet:
             pod = self.pods("trainer").get("trainer-0")
             return pod is not None and pod.uid != before and pod.ready
 
-        wait_for(another, UP_SECONDS, "another trainer-0")
+        wait_for(another, self.up_seconds, "another trainer-0")
 
     def leader(self) -> str:
         """The pod of the operator that leads."""
@@ -340,7 +348,7 @@ class PodFleet:
     @contextmanager
     def scene(self, scenario: str, event: str, touched: tuple[str, ...] = ()) -> Iterator[Scene]:
         """Tallies of the steady requests within the block, checked at its end."""
-        made = Scene(f"{self._label}{scenario}", event, touched=touched)
+        made = Scene(self.kind, scenario, event, touched=touched)
         for traffic in self._traffic.values():
             traffic.tally = Tally()
         try:

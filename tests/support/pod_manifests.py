@@ -4,16 +4,22 @@ They differ from examples/on-a-cluster in what makes them light: a tiny model, t
 asked for, and torch mounted from this machine.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pod_trainer
 from chart_release import Object
 
+from weightsync_demo.engines import VLLM_SETTINGS, reference_command, vllm_command
+
 ENGINE_PORT = 8000
 MODEL = "/model"
 USER = 65532
+ENGINES = {
+    "reference": (reference_command, {"OMP_NUM_THREADS": "1"}),
+    "vllm": (vllm_command, VLLM_SETTINGS),
+}
+"""Arguments of Python and environment, by the kind of engine."""
 _RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -55,16 +61,15 @@ def trainer(image: str, site: tuple[Path, str], limit_rate: str, node: str) -> l
     ]
 
 
-def engines(
-    image: str, site: tuple[Path, str], model: Path, replicas: int, command: list[str], env: dict[str, str]
-) -> list[Object]:
+def engines(kind: str, image: str, site: tuple[Path, str], model: Path, replicas: int) -> list[Object]:
     """A StatefulSet of inference servers that begin with the checkpoint ``model`` of this machine."""
+    command, settings = ENGINES[kind]
     probe = {"httpGet": {"path": "/health", "port": ENGINE_PORT}}
     container = {
         "name": "engine",
         "image": image,
-        "command": command,
-        "env": [{"name": name, "value": value} for name, value in env.items()],
+        "command": ["python3", *command(MODEL, ENGINE_PORT, host="0.0.0.0")],
+        "env": [{"name": name, "value": value} for name, value in settings.items()],
         "ports": [{"name": "http", "containerPort": ENGINE_PORT}],
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 240},
         "readinessProbe": {**probe, "periodSeconds": 2, "timeoutSeconds": 5},
@@ -92,32 +97,6 @@ def engines(
         }
     ]
     return [_stateful_set("engine", replicas, pod)]
-
-
-def reference_command() -> tuple[list[str], dict[str, str]]:
-    """Command and environment of the reference engine."""
-    listen = ["--host", "0.0.0.0", "--port", str(ENGINE_PORT)]
-    command = ["python3", "-m", "weightsync_engine.reference", "--model", MODEL]
-    return [*command, "--served-model-name", "demo", *listen], {"OMP_NUM_THREADS": "1"}
-
-
-def vllm_command() -> tuple[list[str], dict[str, str]]:
-    """Command and environment of vLLM on the CPU."""
-    command = [
-        *("python3", "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL),
-        *("--served-model-name", "demo", "--host", "0.0.0.0", "--port", str(ENGINE_PORT)),
-        *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"),
-        *("--kv-cache-memory-bytes", "64M", "--middleware", "weightsync_engine.guard.Guard"),
-        *("--weight-transfer-config", json.dumps({"backend": "weightsync"})),
-    ]
-    return command, {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def weightsync(name: str = "policy", **spec: Any) -> Object:

@@ -8,6 +8,7 @@ from typing import Any
 from pod_fleet import Scene
 
 COLUMNS = {
+    "engine": "engine",
     "scenario": "scenario",
     "event": "what happened",
     "when": "when",

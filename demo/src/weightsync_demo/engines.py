@@ -14,7 +14,7 @@ SERVED_MODEL: Final = "demo"
 
 ENGINES: Final = ("vllm", "reference")
 
-_VLLM_SETTINGS: Final = {
+VLLM_SETTINGS: Final = {
     "VLLM_SERVER_DEV_MODE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -47,26 +47,35 @@ def engine_process(
     return Process(f"{log.parent.name}/{kind}", [*command, *arguments], log, env)
 
 
-def _vllm(model: Path, port: int, ranks: int) -> tuple[list[str], Mapping[str, str]]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-        *("--served-model-name", SERVED_MODEL, "--host", "127.0.0.1", "--port", str(port)),
+def vllm_command(model: str, port: int, ranks: int = 1, host: str = "127.0.0.1") -> list[str]:
+    """Arguments of Python for vLLM on the CPU; VLLM_SETTINGS belong to it."""
+    return [
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", model),
+        *("--served-model-name", SERVED_MODEL, "--host", host, "--port", str(port)),
         *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"),
         *("--kv-cache-memory-bytes", "64M", "--shutdown-timeout", "5"),
         *("--tensor-parallel-size", str(ranks), "--disable-uvicorn-access-log"),
         *("--middleware", "weightsync_engine.guard.Guard"),
         *("--weight-transfer-config", json.dumps({"backend": "weightsync"})),
     ]
-    return command, {**_VLLM_SETTINGS, "VLLM_CACHE_ROOT": str(cache / "weightsync" / "vllm")}
+
+
+def reference_command(model: str, port: int, ranks: int = 1, host: str = "127.0.0.1") -> list[str]:
+    """Arguments of Python for the reference engine."""
+    return [
+        *("-m", "weightsync_engine.reference", "--model", model, "--served-model-name", SERVED_MODEL),
+        *("--host", host, "--port", str(port), "--tensor-parallel-size", str(ranks)),
+    ]
+
+
+def _vllm(model: Path, port: int, ranks: int) -> tuple[list[str], Mapping[str, str]]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    settings = {**VLLM_SETTINGS, "VLLM_CACHE_ROOT": str(cache / "weightsync" / "vllm")}
+    return [sys.executable, *vllm_command(str(model), port, ranks)], settings
 
 
 def _reference(model: Path, port: int, ranks: int) -> tuple[list[str], Mapping[str, str]]:
-    command = [
-        *(sys.executable, "-m", "weightsync_engine.reference", "--model", str(model)),
-        *("--served-model-name", SERVED_MODEL, "--port", str(port), "--tensor-parallel-size", str(ranks)),
-    ]
-    return command, {}
+    return [sys.executable, *reference_command(str(model), port, ranks)], {}
 
 
 _COMMANDS: Final = {"vllm": _vllm, "reference": _reference}

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from chart_release import NAMESPACE, Helm
 from helm_binary import HelmMissingError, ensure_helm
-from pod_fleet import UP_SECONDS, PodFleet, Release
-from pod_manifests import reference_command
+from pod_fleet import PodFleet, Release
 from scenario_table import Table
 
 from image_build import SITES, host_site, image_archives
@@ -68,11 +67,16 @@ def model(own_cluster: Cluster) -> Path:
     return made
 
 
-@pytest.fixture(scope="session")
-def fleet(own_cluster: Cluster, release: Release, model: Path) -> Iterator[PodFleet]:
-    """A trainer and two servers, of the reference engine and without any version."""
-    made = PodFleet(own_cluster, "scenarios", release, model)
-    made.create(*reference_command())
+@pytest.fixture(
+    scope="session",
+    params=["reference", pytest.param("vllm", marks=[pytest.mark.full, pytest.mark.vllm])],
+)
+def fleet(
+    request: pytest.FixtureRequest, own_cluster: Cluster, release: Release, model: Path
+) -> Iterator[PodFleet]:
+    """A trainer and two servers, without any version; the servers are the reference engine or vLLM on the CPU."""
+    made = PodFleet(own_cluster, request.param, release, model)
+    made.create()
     try:
         yield made
     finally:
@@ -84,7 +88,7 @@ def started(fleet: PodFleet) -> PodFleet:
     """The same, with its first two servers up and asked all the time."""
     if not fleet.engines:
         fleet.watch(*FIRST)
-        fleet.namespace.wait("pod/trainer-0", "Ready", UP_SECONDS)
+        fleet.namespace.wait("pod/trainer-0", "Ready", fleet.up_seconds)
     return fleet
 
 

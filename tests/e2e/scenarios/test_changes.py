@@ -1,18 +1,17 @@
 """What happens to every fleet: versions, more and fewer pods, pods and containers that end and come back.
 
 In real pods on real nodes, each scenario under steady requests to every server. One fleet goes through all of them;
-each begins with everybody on the newest version. The servers are the reference engine, and a transfer is held to some
-seconds, so that there is a middle.
+each begins with everybody on the newest version. A transfer is held to some seconds, so that there is a middle.
 """
 
 import pytest
-from pod_fleet import TRANSFERRING, UP_SECONDS, WEIGHTSYNC, PodFleet
+from pod_fleet import TRANSFERRING, WEIGHTSYNC, PodFleet
 from scenario_table import Table
 
 from weightsync_demo.answers import RefusedError
 from weightsync_demo.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 CALM = "everybody is on the newest version"
 
 
@@ -63,7 +62,7 @@ def test_inference_pod_killed_in_mid_transfer(synced: PodFleet, table: Table) ->
         version = synced.publish_into_transfer()
         synced.kill_pod("engine-1")
         scene.begin("in mid-transfer")
-        synced.wait_served(version, seconds=UP_SECONDS)
+        synced.wait_served(version, seconds=synced.up_seconds)
         scene.end()
     table.add(scene)
 
@@ -71,10 +70,10 @@ def test_inference_pod_killed_in_mid_transfer(synced: PodFleet, table: Table) ->
 def test_engine_container_restarted(synced: PodFleet, table: Table) -> None:
     before = synced.pods()["engine-0"].restarts
     with synced.scene("engine container restarted", "engine-0's engine is killed", ("engine-0",)) as scene:
-        synced.kill_container("engine-0", "weightsync_engine.reference")
+        synced.kill_engine("engine-0")
         scene.begin(CALM)
         wait_for(lambda: synced.pods()["engine-0"].restarts > before, 60, "the kubelet to restart it")
-        synced.wait_served(synced.version, seconds=UP_SECONDS)
+        synced.wait_served(synced.version, seconds=synced.up_seconds)
         scene.end()
     table.add(scene)
 

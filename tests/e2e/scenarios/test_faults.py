@@ -6,13 +6,17 @@ In the pods of test_changes.py, and under the same requests.
 import json
 
 import pytest
-from pod_fleet import UP_SECONDS, WEIGHTSYNC, PodFleet
+from pod_fleet import WEIGHTSYNC, PodFleet
 from pod_manifests import weightsync
 from scenario_table import Table
 
 from weightsync_demo.waiting import wait_for
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.full]
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.full,
+    pytest.mark.parametrize("fleet", ["reference"], indirect=True, scope="session"),
+]
 CALM = "everybody is on the newest version"
 APART_SECONDS = 60.0
 
@@ -117,7 +121,7 @@ def test_node_killed(synced: PodFleet, table: Table) -> None:
         version = synced.publish()
         synced.wait_served(version, stays, 2 * APART_SECONDS)
         synced.cluster.start_node(node)
-        wait_for(lambda: all(synced.up(name) for name in there), UP_SECONDS, f"{there} to be back")
-        synced.wait_served(version, seconds=UP_SECONDS)
+        wait_for(lambda: all(synced.up(name) for name in there), synced.up_seconds, f"{there} to be back")
+        synced.wait_served(version, seconds=synced.up_seconds)
         scene.end()
     table.add(scene)
