@@ -8,6 +8,9 @@ from weightsync_cluster.cluster import Cluster
 from weightsync_cluster.errors import ClusterError
 from weightsync_cluster.images import BUSYBOX
 from weightsync_cluster.kubectl import KubectlCluster, Namespace
+from weightsync_cluster.shell import run
+from weightsync_demo.kube.build import PROGRAMS, Binaries
+from weightsync_demo.kube.source import find_source
 from weightsync_demo.waiting import wait_for
 
 # What a pod needs to be Ready here; more means that it will not be.
@@ -48,6 +51,14 @@ def fetch(namespace: Namespace, who: str, url: str) -> str:
 def fetch_in_time(namespace: Namespace, who: str, url: str) -> str:
     """As `fetch`, once the nodes have heard of the Service."""
     return wait_for(lambda: fetch(namespace, who, url), 20, f"{who} to reach {url}", ignoring=ClusterError)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_in_the_one_binary_runs(binaries: Binaries, program: str) -> None:
+    # Flags that one package gives to all have stopped another's program from starting.
+    question = {"kubectl": ["version", "--client"], "coredns": ["-version"]}.get(program, ["--version"])
+    answer = run([binaries.program(program), *question])
+    assert (find_source().kubernetes if program.startswith("kube") else ".") in answer
 
 
 def test_both_nodes_are_ready(cluster: KubectlCluster) -> None:

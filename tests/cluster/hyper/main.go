@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"net/url"
 	"os"
@@ -49,9 +50,12 @@ const (
 	etcdURLVariable = "EMBED_ETCD_URL"
 )
 
+// Flags that CoreDNS registers for the whole process, of which others take all that there are.
+var coreDNSFlags = []string{"conf", "dns.port", "p", "pidfile", "plugins", "quiet", "version"}
+
 // Each program ends by returning its exit status.
 var programs = map[string]func() int{
-	"coredns":                 func() int { coremain.Run(); return 0 },
+	"coredns":                 runCoreDNS,
 	"etcd":                    func() int { etcdmain.Main(os.Args); return 0 },
 	"kube-apiserver":          runAPIServer,
 	"kube-controller-manager": command(controllermanager.NewControllerManagerCommand),
@@ -81,7 +85,27 @@ func main() {
 		fmt.Fprintf(os.Stderr, "usage: hyper PROGRAM [ARGUMENTS]\nprograms: %s\n", strings.Join(names, ", "))
 		os.Exit(2)
 	}
+	if filepath.Base(os.Args[0]) != "coredns" {
+		hideCoreDNSFlags()
+	}
 	os.Exit(run())
+}
+
+func runCoreDNS() int {
+	coremain.Run()
+	return 0
+}
+
+// hideCoreDNSFlags keeps what is CoreDNS's alone from programs that have a flag of that name with another meaning:
+// kube-proxy would start where it is asked for its version.
+func hideCoreDNSFlags() {
+	others := flag.NewFlagSet(os.Args[0], flag.ExitOnError)
+	flag.VisitAll(func(each *flag.Flag) {
+		if !slices.Contains(coreDNSFlags, each.Name) {
+			others.Var(each.Value, each.Name, each.Usage)
+		}
+	})
+	flag.CommandLine = others
 }
 
 func command(create func() *cobra.Command) func() int {
@@ -107,6 +131,8 @@ func runKwok() int {
 		fail(fmt.Errorf("kwok: %w", err))
 	}
 	command := kwok.NewCommand(ctx)
+	// Else it would be given Kubernetes' flag of that name, which is no switch, and refuse to run.
+	command.Flags().Bool("version", false, "print the version")
 	command.PersistentFlags().AddFlagSet(shared)
 	if command.ExecuteContext(ctx) != nil {
 		return 1 // cobra has said why
