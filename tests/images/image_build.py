@@ -173,6 +173,9 @@ def _ensure_base(tools: Tools, progress: Callable[[str], None]) -> Path:
         ]
         run(command, "making a base image", BASE_TIMEOUT_S)
         made.rename(base)
+    for old in _cache().glob("base-*.tar"):
+        if old != base:
+            old.unlink()
     return base
 
 
