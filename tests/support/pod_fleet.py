@@ -1,10 +1,12 @@
 """A fleet in real pods, what a test does to it, and what its users meet meanwhile."""
 
 import json
+import os
+import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -212,18 +214,22 @@ class PodFleet:
                 return each["status"], each["reason"], each["message"]
         return "", "", ""
 
-    def phase(self) -> str:
-        """The reason of the condition Progressing."""
-        return self.condition("Progressing")[1]
-
-    def wait_phase(self, *phases: str, seconds: float = 60.0) -> str:
-        """Until a rollout is in one of these phases; which."""
+    def wait_rollout(
+        self, version: int, *phases: str, then: Callable[[], None] = lambda: None, seconds: float = 60.0
+    ) -> str:
+        """Until the rollout of ``version`` is in one of these phases; ``then`` is called at once. Which it was."""
 
         def found() -> str:
-            now = self.phase()
-            return now if now in phases else ""
+            status = self.status()
+            if status.get("rollout", {}).get("version") != version:
+                return ""
+            now = next(each["reason"] for each in status["conditions"] if each["type"] == "Progressing")
+            return str(now) if now in phases else ""
 
-        return wait_for(found, seconds, f"phase {' or '.join(phases)}; {self.status()}", interval=0.02)
+        what = f"version {version} in phase {' or '.join(phases)}"
+        seen = wait_for(found, seconds, what, interval=0.005)
+        then()
+        return seen
 
     # ---------------------------------------------------------------------------------- what is asked
 
@@ -279,7 +285,7 @@ class PodFleet:
     def publish_into_transfer(self) -> int:
         """The next version, published, with its bytes on the way; returns it."""
         version = self.publish()
-        self.wait_phase(TRANSFERRING)
+        self.wait_rollout(version, TRANSFERRING)
         return version
 
     def serves(self, name: str, version: int) -> bool:
@@ -300,16 +306,28 @@ class PodFleet:
         self.namespace.apply(*objects)
 
     def kill_container(self, pod: str, marker: str, namespace: Namespace | None = None) -> None:
-        """SIGKILL the processes of a pod whose command line has ``marker``; the kubelet starts the container again."""
-        found = (namespace or self.namespace).read("pod", pod)
-        uid, node = found["metadata"]["uid"], found["spec"]["nodeName"]
-        script = (
-            f"found=; for p in $(pgrep -f -- '{marker}'); do "
-            # cgroupfs writes a pod's uid as it is, systemd with underscores.
-            f"if grep -qE '{uid}|{uid.replace('-', '_')}' /proc/$p/cgroup 2>/dev/null; then kill -9 $p && found=1; fi; "
-            'done; test -n "$found"'
-        )
-        self.cluster.run_on_node(node, "sh", "-c", script)
+        """SIGKILL the processes of a pod that have ``marker`` in their command line; the kubelet starts it again."""
+        self.killer(pod, marker, namespace)()
+
+    def killer(self, pod: str, marker: str, namespace: Namespace | None = None) -> Callable[[], None]:
+        """The same, prepared: what is called kills at once."""
+        uid = (namespace or self.namespace).read("pod", pod)["metadata"]["uid"]
+        # cgroupfs has a pod's uid as it is, systemd with underscores. Nodes' processes are this machine's, too.
+        names = (uid, uid.replace("-", "_"))
+        found = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdecimal()
+            and marker in _text(entry / "cmdline")
+            and any(name in _text(entry / "cgroup") for name in names)
+        ]
+        assert found, f"{pod} has no process with {marker!r}"
+
+        def kill() -> None:
+            for pid in found:
+                os.kill(pid, signal.SIGKILL)
+
+        return kill
 
     def kill_engine(self, pod: str) -> None:
         """SIGKILL a server's engine; its agent lives on."""
@@ -383,3 +401,11 @@ def _answer_of(model: Path, version: int) -> Expected:
             made += new
     assert margin > 1e-3, f"version {version}: a token leads by {margin:.1e} only: no fair test"
     return Expected(tuple(made), "", margin)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        # It ended meanwhile.
+        return ""
