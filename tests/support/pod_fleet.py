@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,15 @@ class PodFleet:
         return list(self._traffic)
 
     def status(self) -> dict[str, Any]:
-        """The WeightSync's status; empty before the first."""
-        found = self._custom.get_namespaced_custom_object(
-            "weightsync.dev", "v1alpha1", self.namespace.name, "weightsyncs", WEIGHTSYNC
-        )
+        """The WeightSync's status; empty before the first, and without a WeightSync."""
+        try:
+            found = self._custom.get_namespaced_custom_object(
+                "weightsync.dev", "v1alpha1", self.namespace.name, "weightsyncs", WEIGHTSYNC
+            )
+        except client.ApiException as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return {}
+            raise
         return dict(found.get("status", {}))
 
     def condition(self, kind: str) -> tuple[str, str, str]:
@@ -214,17 +220,25 @@ class PodFleet:
                 return each["status"], each["reason"], each["message"]
         return "", "", ""
 
+    def moment(self, version: int) -> str:
+        """Where the rollout of ``version`` is, for the table."""
+        phase = self._phase_of(version)
+        return "in mid-transfer" if phase == TRANSFERRING else f"as of {phase or 'no rollout'}"
+
+    def _phase_of(self, version: int) -> str:
+        status = self.status()
+        if status.get("rollout", {}).get("version") != version:
+            return ""
+        return str(next(each["reason"] for each in status["conditions"] if each["type"] == "Progressing"))
+
     def wait_rollout(
         self, version: int, *phases: str, then: Callable[[], None] = lambda: None, seconds: float = 60.0
     ) -> str:
         """Until the rollout of ``version`` is in one of these phases; ``then`` is called at once. Which it was."""
 
         def found() -> str:
-            status = self.status()
-            if status.get("rollout", {}).get("version") != version:
-                return ""
-            now = next(each["reason"] for each in status["conditions"] if each["type"] == "Progressing")
-            return str(now) if now in phases else ""
+            now = self._phase_of(version)
+            return now if now in phases else ""
 
         what = f"version {version} in phase {' or '.join(phases)}"
         seen = wait_for(found, seconds, what, interval=0.005)

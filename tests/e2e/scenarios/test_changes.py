@@ -63,7 +63,7 @@ def test_inference_pod_killed_in_mid_transfer(synced: PodFleet, table: Table) ->
     with synced.scene("inference pod killed", "engine-1 is deleted without grace", ("engine-1",)) as scene:
         version = synced.publish_into_transfer()
         synced.kill_pod("engine-1")
-        scene.begin("in mid-transfer")
+        scene.begin(synced.moment(version))
         synced.wait_served(version, seconds=synced.up_seconds)
         scene.end()
     table.add(scene)
