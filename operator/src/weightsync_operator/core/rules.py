@@ -11,7 +11,15 @@ from weightsync_operator.core.idle import close_lost, failed_before, start_catch
 from weightsync_operator.core.memory import REASON_OF_STEP, Round, Step
 from weightsync_operator.core.outcome import drop, fail
 from weightsync_operator.core.source import target
-from weightsync_operator.core.steps import broken, checked, joined, listened, overdue, transferred
+from weightsync_operator.core.steps import (
+    broken,
+    checked,
+    joined,
+    listened,
+    never_told,
+    overdue,
+    transferred,
+)
 from weightsync_operator.core.takeover import go_forward
 
 Rule = Callable[[Facts, State], State | None]
@@ -111,6 +119,7 @@ RULES: Final[tuple[Rule, ...]] = (
     checked,
     transferred,
     broken,
+    never_told,
     overdue,
     gather,
     commit,

@@ -9,7 +9,8 @@ from weightsync_operator.core.blame import Trouble
 from weightsync_operator.core.exclusion import exclude
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.gather import regroup
-from weightsync_operator.core.limits import GRACE, NAMES, RETRIES, SETTLE
+from weightsync_operator.core.limits import GRACE, NAMES, RECONNECT, RETRIES, SETTLE
+from weightsync_operator.core.membership import Standing, absent_since
 from weightsync_operator.core.memory import Epoch, Round, Step
 from weightsync_operator.core.model import Participant
 from weightsync_operator.core.outcome import enter, fail, follow
@@ -160,6 +161,27 @@ def _again(facts: Facts, state: State, reason: Reason, message: str) -> State:
     if retries > RETRIES:
         return fail(facts, state, reason, f"{retries} epochs in a row were lost: {message}")
     return regroup(facts, state)
+
+
+def never_told(facts: Facts, state: State) -> State | None:
+    """A broadcast waits for every rank. One whose agent's session went before it was told to receive would hold up
+    all others until the transfer's deadline; while bytes move, it was told."""
+    round_, epoch = state.round, state.epoch
+    if round_ is None or epoch is None or round_.step is not Step.TRANSFERRING:
+        return None
+    transfers = {each.uid: group.transfer_of(facts, each.uid) for each in epoch.participants}
+    if any(transfer and transfer.bytes for transfer in transfers.values()):
+        return None
+    cut_off = []
+    for each in epoch.participants[1:]:
+        member, transfer = facts.members.get(each.uid), transfers[each.uid]
+        if member is None or member.standing is not Standing.ABSENT or transfer is None:
+            continue
+        waits = transfer.state is TransferState.JOINED and group.in_epoch(transfer, epoch)
+        if waits and facts.now >= absent_since(member, facts.world) + RECONNECT:
+            message = f"{each.name}: its agent's session went before it was told to receive"
+            cut_off.append(Trouble(each, Reason.TRANSFER_FAILED, message))
+    return _without(facts, state, cut_off) if cut_off else None
 
 
 # ---------------------------------------------------------------------------- deadlines

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from decided_fleet import V2, failed, kill_child, transferring
+from decided_fleet import V2, failed, hold, kill_child, transferring
 
 from weightsync_contract.messages import Failure, Transfer, TransferState
 from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
@@ -182,6 +182,50 @@ def test_a_pod_killed_in_a_transfer_with_all_that_is_in_it(four: Any) -> None:
     four.resume_session(gone)
     four.run()
     assert four.serving() == [2, 2, 2, 2]
+
+
+def cut_off_before_it_was_told(four: Any) -> Any:
+    """A member in the group that never hears of the transfer that all others wait in."""
+    hold(four, "transfer")
+    four.publish(2)
+    four.until(four.step_is("Transferring"))
+    cut_off = four.members[3]
+    assert cut_off.transfer.state is TransferState.JOINED
+    four.lose_session(cut_off)
+    return cut_off
+
+
+def test_who_was_cut_off_before_it_was_told_to_receive_holds_up_nobody_for_long(four: Any) -> None:
+    cut_off = cut_off_before_it_was_told(four)
+    four.wait(4.9)
+    assert not four.memory.exclusions
+    hold(four, "transfer", held=False)
+    four.members[0].stuck.add("transfer")
+    four.wait(0.2)
+    assert [each.uid for each in four.memory.exclusions if each.active] == ["uid-m3"]
+    four.members[0].stuck.clear()
+    four.run()
+    assert four.serving() == [2, 2, 2, 1]
+    four.resume_session(cut_off)
+    four.wait(10)
+    assert four.serving() == [2, 2, 2, 2]
+
+
+def test_who_is_back_in_time_is_told_then(four: Any) -> None:
+    cut_off = cut_off_before_it_was_told(four)
+    four.wait(4)
+    four.resume_session(cut_off)
+    hold(four, "transfer", held=False)
+    four.wait(10)
+    assert four.serving() == [2, 2, 2, 2]
+    assert not four.memory.exclusions
+
+
+def test_while_bytes_move_everybody_was_told(four: Any) -> None:
+    cut_off_before_it_was_told(four)
+    four.members[0].transfer = replace(four.members[0].transfer, bytes=100)
+    four.wait(20)
+    assert not four.memory.exclusions
 
 
 def test_a_member_whose_session_and_child_are_gone_is_blamed_at_once(four: Any) -> None:
