@@ -11,7 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from weightsync_engine.transfer.communicator import Communicator, open_communicator
+from weightsync_engine.transfer.backends import open_communicator
+from weightsync_engine.transfer.communicator import Communicator
 from weightsync_engine.transfer.packing import (
     DEFAULT_BUFFER_BYTES,
     DEFAULT_NUM_BUFFERS,
