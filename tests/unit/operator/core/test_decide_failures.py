@@ -211,6 +211,26 @@ def test_who_was_cut_off_before_it_was_told_to_receive_holds_up_nobody_for_long(
     assert four.serving() == [2, 2, 2, 2]
 
 
+def test_those_who_have_the_version_do_not_wait_for_one_that_the_trainer_can_not_reach(four: Any) -> None:
+    cut_off = four.members[3]
+    transferring(four)
+    for each in four.members[:3]:
+        each.transfer = replace(each.transfer, state=TransferState.STAGED, version=V2, digest="d-a-2")
+    epoch = four.memory.epoch.number
+    for each in (four.trainer, cut_off):
+        # Each tells of the other, and neither finds the other again.
+        lost = Failure(FailureCode.PEER_LOST, "lost a peer", epoch, V2)
+        each.transfer = Transfer(epoch=epoch, failure=lost)
+        each.stuck.add("join")
+    four.wait(70)
+    assert four.serving() == [2, 2, 2, None]
+    assert four.status.rollout.outcome is Outcome.SUCCEEDED
+    for each in (four.trainer, cut_off):
+        each.stuck.clear()
+    four.wait(70)
+    assert four.serving() == [2, 2, 2, 2]
+
+
 def test_who_is_back_in_time_is_told_then(four: Any) -> None:
     cut_off = cut_off_before_it_was_told(four)
     four.wait(4)
