@@ -24,6 +24,7 @@ from pod_manifests import ENGINE_PORT
 from image_build import SITES, host_site
 from images import image_name, project_version
 from weightsync_cluster.cluster import Cluster
+from weightsync_cluster.errors import ClusterError
 from weightsync_cluster.kubectl import Namespace
 from weightsync_demo.answers import TOKENS, Answer, Expected, RefusedError, Tally, Traffic, ask
 from weightsync_demo.waiting import wait_for
@@ -398,7 +399,11 @@ class PodFleet:
             told.append(space.kubectl("get", "pods", "--output=wide"))
             for name in space.read("pods")["items"]:
                 pod = name["metadata"]["name"]
-                log = space.kubectl("logs", pod, "--all-containers", "--prefix", "--tail=25")
+                try:
+                    log = space.kubectl("logs", pod, "--all-containers", "--prefix", "--tail=25", timeout=10)
+                except ClusterError as error:
+                    # Its node may be what was killed.
+                    log = str(error)
                 told += [f"---- {pod}", log]
         return "\n".join(told)
 
