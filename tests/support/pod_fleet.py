@@ -378,6 +378,16 @@ class PodFleet:
             "rollout", "status", "deployment/weightsync-operator", "--timeout=120s", timeout=130
         )
 
+    def spread_operator(self) -> None:
+        """Until its replicas are on different nodes: nothing moves while both are on one that is gone."""
+        for _ in range(5):
+            pods = self.release.read("pods", "--field-selector=status.phase=Running")["items"]
+            if len({pod["spec"]["nodeName"] for pod in pods}) > 1:
+                return
+            self.release.kubectl("delete", "pod", pods[0]["metadata"]["name"], "--wait=true")
+            self.wait_operator()
+        raise AssertionError("the operator's replicas stay on one node")
+
     @contextmanager
     def scene(self, scenario: str, event: str, touched: tuple[str, ...] = ()) -> Iterator[Scene]:
         """Tallies of the steady requests within the block, checked at its end."""

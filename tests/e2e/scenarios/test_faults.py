@@ -115,6 +115,7 @@ def test_helm_upgrade_in_mid_rollout(synced: PodFleet, table: Table) -> None:
 
 
 def test_node_killed(synced: PodFleet, table: Table) -> None:
+    synced.spread_operator()
     node = synced.cluster.nodes[1]
     there = tuple(name for name, pod in synced.pods("engine").items() if pod.node == node)
     assert there, "servers are on both nodes"
