@@ -214,13 +214,6 @@ class PodFleet:
             raise
         return dict(found.get("status", {}))
 
-    def condition(self, kind: str) -> tuple[str, str, str]:
-        """Status, reason and message of a condition."""
-        for each in self.status().get("conditions", ()):
-            if each["type"] == kind:
-                return each["status"], each["reason"], each["message"]
-        return "", "", ""
-
     def moment(self, version: int) -> str:
         """Where the rollout of ``version`` is, for the table."""
         phase = self._phase_of(version)

@@ -153,27 +153,15 @@ def _without(facts: Facts, state: State, culprits: list[Trouble]) -> State:
     return regroup(facts, state.change(reason=culprits[0].reason, message=messages))
 
 
-def _others(epoch: Epoch | None) -> tuple[Participant, ...]:
-    return epoch.participants[1:] if epoch else ()
-
-
 def _again(facts: Facts, state: State, reason: Reason, message: str) -> State:
     """Nobody can be blamed, or only the trainer, without whom nothing goes: another epoch, a few times. Not when
     some have the version already: those do not wait for the others."""
     assert state.round is not None
-    members = {
-        each.uid: facts.members[each.uid] for each in _others(state.epoch) if each.uid in facts.members
-    }
-    if members and any(
-        each.uid not in members and each.holds(state.round.target, facts.verify)
-        for each in facts.scope(state.round)
-    ):
-        lost = [
-            Trouble(each, reason, f"{each.name}: {message}")
-            for each in _others(state.epoch)
-            if each.uid in members
-        ]
-        return _without(facts, state, lost)
+    ranks = state.epoch.participants[1:] if state.epoch else ()
+    lost = [each for each in ranks if each.uid in facts.members]
+    others = [each for each in facts.scope(state.round) if each.uid not in {rank.uid for rank in lost}]
+    if lost and any(each.holds(state.round.target, facts.verify) for each in others):
+        return _without(facts, state, [Trouble(each, reason, f"{each.name}: {message}") for each in lost])
     retries = state.round.retries + 1
     state = state.change(retries=retries, reason=reason, message=message)
     if retries > RETRIES:
