@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from chart_release import Helm
+from helm_binary import HelmMissingError, ensure_helm
 from kubernetes import client, config
 
 from weightsync_demo.kube.apiserver import ApiServer, run_apiserver
@@ -95,3 +97,15 @@ def namespace(api_client: client.ApiClient) -> str:
     core.create_namespace({"metadata": {"name": name}})
     core.create_namespaced_service_account(name, {"metadata": {"name": "default"}})
     return name
+
+
+@pytest.fixture(scope="session")
+def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """With CI=true the tests fail where helm can't be had; elsewhere they are skipped, saying why."""
+    try:
+        executable = ensure_helm()
+    except HelmMissingError as error:
+        if in_ci():
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    return Helm(executable, tmp_path_factory.mktemp("helm"))

@@ -1,28 +1,14 @@
 """helm, and an API server of these tests' own: a policy of admission is for all of a cluster's namespaces."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from chart_pods import POLICY_SECONDS, create, make_namespace, new_pod
 from chart_release import NAMESPACE, Helm
-from helm_binary import HelmMissingError, ensure_helm
 
 from weightsync_demo.kube.apiserver import ApiServer, run_apiserver
 from weightsync_demo.kube.build import Binaries
 from weightsync_demo.waiting import wait_for
-
-
-@pytest.fixture(scope="session")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """With CI=true the tests fail where helm can't be had; elsewhere they are skipped, saying why."""
-    try:
-        executable = ensure_helm()
-    except HelmMissingError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
-    return Helm(executable, tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="session")

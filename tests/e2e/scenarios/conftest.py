@@ -1,12 +1,10 @@
 """The operator as its chart installs it, and the pods that scenarios happen to."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chart_release import NAMESPACE, Helm
-from helm_binary import HelmMissingError, ensure_helm
 from pod_fleet import PodFleet, Release
 from scenario_table import Table
 
@@ -27,16 +25,6 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     print(f"\n{made.markdown()}")
     if path is not None and made.rows:
         made.write(path)
-
-
-@pytest.fixture(scope="session")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    try:
-        return Helm(ensure_helm(), tmp_path_factory.mktemp("helm"))
-    except HelmMissingError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(error))
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
