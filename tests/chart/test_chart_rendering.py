@@ -213,10 +213,12 @@ def test_the_replicas_are_spread_and_none_is_missed_in_an_upgrade(helm: Helm) ->
     spec = named(objects, "Deployment")["spec"]
     assert (spec["replicas"], spec["strategy"]["rollingUpdate"]) == (2, {"maxSurge": 1, "maxUnavailable": 0})
     spread = spec["template"]["spec"]["topologySpreadConstraints"]
-    assert [each["topologyKey"] for each in spread] == [
-        "kubernetes.io/hostname",
-        "topology.kubernetes.io/zone",
+    assert [(each["topologyKey"], each["whenUnsatisfiable"]) for each in spread] == [
+        ("kubernetes.io/hostname", "DoNotSchedule"),
+        # Two wishes would be none: nodes without a zone, which most have, would be left out of both.
+        ("topology.kubernetes.io/zone", "ScheduleAnyway"),
     ]
+    assert spread[0]["nodeTaintsPolicy"] == "Honor"
     assert named(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 

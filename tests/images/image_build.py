@@ -28,7 +28,8 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 RECIPE: Final = "1"
 BASE: Final = "localhost/weightsync-base"
 VLLM_BASE: Final = "localhost/weightsync-vllm-base"
-PACKAGES: Final = ("ca-certificates", "python3", "python3-venv", "usr-is-merged")
+# libnuma1: vLLM's build for CPUs loads it, and an image for vLLM has it.
+PACKAGES: Final = ("ca-certificates", "libnuma1", "python3", "python3-venv", "usr-is-merged")
 SITES: Final = {"agent": "/opt/torch", "vllm": "/opt/vllm"}
 """Where a pod mounts ``host_site()``, read-only: importable there, after what the image itself has."""
 MEMBERS: Final = {
