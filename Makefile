@@ -49,7 +49,7 @@ cluster-down: setup ## remove that cluster, whatever state it is in
 
 # CI=true: what is missing is built, and fails the run where it can't be.
 e2e: setup ## all end-to-end tests, on a cluster of their own (ARGS="--kubeconfig F --context C" names another)
-	@CI=true $(BIN)/python -m pytest tests/e2e --ignore=tests/e2e/test_demo.py -m '' $(ARGS)
+	@CI=true $(BIN)/python -m pytest tests/e2e --ignore=tests/e2e/test_demo.py -m 'not gpu' $(ARGS)
 
 bench: setup ## one benchmark (NAME=host_path, orchestration or publish; ARGS="--write")
 	@$(BIN)/python benchmarks/$(or $(NAME),host_path).py $(ARGS)

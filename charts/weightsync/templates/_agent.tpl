@@ -101,3 +101,16 @@ volumeMounts:
 {{- define "weightsync.servedMounts" -}}
 - {name: weightsync-run, mountPath: /run/weightsync}
 {{- end }}
+
+{{/*
+What a pod with the annotation weightsync.dev/claim has on top: the GPUs of its claim in the agent, too, and one
+/dev/shm for both. The pod's own volume for that, where its container has one.
+*/}}
+{{- define "weightsync.sharedMemory" -}}
+name: weightsync-shm
+emptyDir: {medium: Memory}
+{{- end }}
+
+{{- define "weightsync.sharedMemoryMount" -}}
+{name: weightsync-shm, mountPath: /dev/shm}
+{{- end }}

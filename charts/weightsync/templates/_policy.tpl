@@ -59,3 +59,13 @@ object.metadata.?labels['weightsync.dev/role'].orValue('') in ['trainer', 'infer
 {{- define "weightsync.agentIsThere" -}}
 object.spec.?initContainers.orValue([]).exists(c, c.name == 'weightsync-agent')
 {{- end }}
+
+{{/* CEL: the claim of the pod that the agent is to have, too; empty: none. */}}
+{{- define "weightsync.claim" -}}
+object.metadata.?annotations['weightsync.dev/claim'].orValue('')
+{{- end }}
+
+{{/* CEL: whether the pod has the claim that it names for the agent; so also where it names none. */}}
+{{- define "weightsync.claimIsThere" -}}
+{{ include "weightsync.claim" . }} in [''] + object.spec.?resourceClaims.orValue([]).map(c, c.name)
+{{- end }}

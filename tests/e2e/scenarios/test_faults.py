@@ -114,8 +114,26 @@ def test_helm_upgrade_in_mid_rollout(synced: PodFleet, table: Table) -> None:
     assert {name: (pod.uid, pod.restarts) for name, pod in synced.pods().items()} == before
 
 
+def test_operator_goes_to_different_nodes_and_to_one_where_no_other_takes_it(synced: PodFleet) -> None:
+    first, second = synced.cluster.nodes
+    assert synced.operator_nodes() == [first, second]
+    # As before a node is drained.
+    synced.cluster.kubectl("cordon", second)
+    try:
+        there = f"--field-selector=spec.nodeName={second}"
+        synced.release.kubectl("delete", "pods", there)
+        synced.wait_operator()
+        assert synced.operator_nodes() == [first, first]
+    finally:
+        synced.cluster.kubectl("uncordon", second)
+    synced.release.kubectl("rollout", "restart", "deployment/weightsync-operator")
+    synced.wait_operator()
+    assert synced.operator_nodes() == [first, second]
+
+
 def test_node_killed(synced: PodFleet, table: Table) -> None:
-    synced.spread_operator()
+    # Nothing would move while both were on the one that is gone.
+    assert synced.operator_nodes() == synced.cluster.nodes
     node = synced.cluster.nodes[1]
     there = tuple(name for name, pod in synced.pods("engine").items() if pod.node == node)
     assert there, "servers are on both nodes"
