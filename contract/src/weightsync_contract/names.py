@@ -20,10 +20,14 @@ CA_FILE: Final = "ca.crt"
 """The ConfigMap's key: a bundle of certificates (PEM)."""
 
 TOKEN_AUDIENCE: Final = "weightsync"
+FLEET_AUDIENCE: Final = "weightsync-fleet"
+"""Of tokens that are good for reading a fleet and for nothing else."""
 LEASE_NAME: Final = "weightsync-operator"
 
 SESSION_PATH: Final = "/v1/session"
 FLEET_PATH: Final = "/v1/weightsyncs"
+FLEET_TOKEN_HEADER: Final = "X-Weightsync-Token"
+"""Carries a token through the API server's proxy, which keeps ``Authorization`` for itself."""
 SESSION_PORT: Final = 8443
 METRICS_PORT: Final = 8080
 HEALTH_PORT: Final = 8081

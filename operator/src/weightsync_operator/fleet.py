@@ -1,4 +1,9 @@
-"""``GET /v1/weightsyncs/{namespace}/{name}``: the live fleet, for whoever may read the WeightSync itself."""
+"""``GET /v1/weightsyncs/{namespace}/{name}``: the live fleet, for whoever may read the WeightSync itself.
+
+Two kinds of tokens say who asks. One for the API server, in ``Authorization``, from who dials the operator. One
+for the audience ``weightsync-fleet``, which is good for nothing else: it may go in a header of its own through
+the API server's proxy, which takes ``Authorization`` off and does not check whom it proxies to.
+"""
 
 from collections.abc import Awaitable, Callable
 
@@ -6,7 +11,7 @@ from aiohttp import web
 
 from weightsync_contract.codec import dumps
 from weightsync_contract.fleetview import FleetView
-from weightsync_contract.names import FLEET_PATH
+from weightsync_contract.names import FLEET_AUDIENCE, FLEET_PATH, FLEET_TOKEN_HEADER
 from weightsync_operator.kube.errors import KubeError
 from weightsync_operator.kube.reviews import User
 from weightsync_operator.session.server import Leadership, bearer_token
@@ -40,14 +45,13 @@ class FleetServer:
         if not leadership.ready:
             return _error(503, "this replica does not lead: ask the leader", address=leadership.address)
         namespace, name = request.match_info["namespace"], request.match_info["name"]
-        token = bearer_token(request)
-        if not token:
-            return _error(401, "no bearer token: send one of the API server's, as kubectl create token makes")
+        bearer, own = bearer_token(request), request.headers.get(FLEET_TOKEN_HEADER, "")
+        if not bearer and not own:
+            return _error(401, f"no token: send one for audience {FLEET_AUDIENCE} as {FLEET_TOKEN_HEADER}")
         try:
-            user = await self._review(token, "")
+            user, allowed = await self._who(bearer, own, namespace, name)
             if user is None:
                 return _error(401, "the API server does not know this token, or it has expired")
-            allowed = await self._may_read(user, namespace, name)
         except KubeError as error:
             return _error(503, f"the API server can't be asked now: {error}")
         if not allowed:
@@ -58,6 +62,16 @@ class FleetServer:
                 404, f"there is no WeightSync {namespace}/{name}, or nothing was decided for it yet"
             )
         return web.Response(text=dumps(view), content_type="application/json")
+
+    async def _who(self, bearer: str, own: str, namespace: str, name: str) -> tuple[User | None, bool]:
+        """Who asks, and whether he may see it. Raises KubeError."""
+        user = await self._review(bearer, "") if bearer else None
+        if user is None:
+            user = await self._review(own or bearer, FLEET_AUDIENCE)
+            # Who makes tokens of a namespace's ServiceAccounts, or runs pods as them, speaks for the namespace.
+            if user is not None and user.namespace == namespace:
+                return user, True
+        return user, user is not None and await self._may_read(user, namespace, name)
 
 
 def _error(status: int, message: str, **more: str) -> web.Response:

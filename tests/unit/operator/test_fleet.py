@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
+from weightsync_contract import names
 from weightsync_contract.codec import from_document
 from weightsync_contract.fleetview import FleetView, MemberView
 from weightsync_contract.messages import Transfer, VersionId
@@ -42,11 +43,13 @@ class Everything:
     fails = False
     allowed = True
 
+    own = User("system:serviceaccount:default:any")
+
     async def review(self, token: str, audience: str) -> User | None:
-        assert audience == ""
         if self.fails:
             raise UnavailableError("503")
-        return self.user if token == "good" else None
+        known = {("good", ""): self.user, ("own", names.FLEET_AUDIENCE): self.own}
+        return known.get((token, audience))
 
     async def may_read(self, user: User, namespace: str, name: str) -> bool:
         return self.allowed and (user.name, namespace, name) == ("reader", "default", "policy")
@@ -109,3 +112,29 @@ async def test_no_token_and_a_wrong_one() -> None:
 
 async def test_whether_there_is_one_is_only_said_to_those_who_may_read_it() -> None:
     assert (await get(Everything(), url="/v1/weightsyncs/default/other"))[0] == 403
+
+
+async def ask(everything: Everything, headers: dict[str, str]) -> int:
+    async with serving(everything) as http:
+        return (await http.get(URL, headers=headers)).status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({names.FLEET_TOKEN_HEADER: "own"}, 200),
+        ({"Authorization": "Bearer own"}, 200),
+        # A token for the API server is not taken from where a stranger may have read it.
+        ({names.FLEET_TOKEN_HEADER: "good"}, 401),
+        ({names.FLEET_TOKEN_HEADER: "bad"}, 401),
+        ({}, 401),
+    ],
+)
+async def test_a_token_for_fleets_only_goes_through_the_proxy(headers: dict[str, str], status: int) -> None:
+    assert await ask(Everything(), headers) == status
+
+
+async def test_a_service_account_speaks_for_its_own_namespace_alone() -> None:
+    everything = Everything()
+    everything.own = User("system:serviceaccount:other:any")
+    assert await ask(everything, {names.FLEET_TOKEN_HEADER: "own"}) == 403

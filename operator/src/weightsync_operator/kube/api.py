@@ -39,14 +39,25 @@ class Api:
         *,
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> dict[str, Any]:
-        """The answer's document. Raises a KubeError; every request ends within ``timeout`` seconds."""
+        """The answer's document. Raises a KubeError; every request ends within ``timeout`` seconds.
+
+        ``headers`` go beside, or in place of, those that make it JSON.
+        """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout + 1.0):
                 return await loop.run_in_executor(
-                    self._threads, self._request, method, path, dict(query or {}), body, timeout
+                    self._threads,
+                    self._request,
+                    method,
+                    path,
+                    dict(query or {}),
+                    body,
+                    headers or {},
+                    timeout,
                 )
         except TimeoutError as error:
             raise UnavailableError(f"{method} {path}: no answer within {timeout:g} s") from error
@@ -62,13 +73,14 @@ class Api:
         path: str,
         query: dict[str, str],
         body: Mapping[str, Any] | None,
+        headers: Mapping[str, str],
         timeout: float,
     ) -> dict[str, Any]:
         arguments = self._client.param_serialize(
             method=method,
             resource_path=path,
             query_params=list(query.items()),
-            header_params={"Accept": "application/json", "Content-Type": "application/json"},
+            header_params={"Accept": "application/json", "Content-Type": "application/json", **headers},
             body=body,
             auth_settings=["BearerToken"],
         )
@@ -85,8 +97,9 @@ class Api:
 
 def _message(data: bytes) -> str:
     try:
-        return str(json.loads(data)["message"])
-    except (ValueError, KeyError, TypeError):
+        document = json.loads(data)
+        return str(document.get("message") or document["error"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return data[:200].decode(errors="replace")
 
 

@@ -1,0 +1,1 @@
+"""``weightsync`` and ``kubectl weightsync``: see a fleet, steer it, and find trouble before it bites."""

@@ -1,0 +1,57 @@
+"""Whether a rollout is done, has failed, or is still to be waited for: read off the WeightSync alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from weightsync_contract.reasons import Condition, Outcome, Reason
+from weightsync_operator.cli.core.exits import Exit
+from weightsync_operator.cli.core.page import Document, conditions
+
+FAILURES = frozenset(
+    {
+        Reason.JOIN_TIMEOUT,
+        Reason.TRANSFER_TIMEOUT,
+        Reason.TRANSFER_FAILED,
+        Reason.MANIFEST_REFUSED,
+        Reason.DIGEST_MISMATCH,
+        Reason.COMMIT_TIMEOUT,
+        Reason.ENGINE_REJECTED,
+        Reason.UNSUPPORTED,
+        *("CheckFailed", "CanaryLost", "Aborted"),
+    }
+)
+"""Reasons of Progressing=False that nobody but its user can end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How it ended, in a word for scripts and a sentence for people."""
+
+    exit: Exit
+    message: str
+
+
+def seen(document: Document) -> bool:
+    """Has the operator looked at this spec?"""
+    status: dict[str, Any] = document.get("status") or {}
+    return int(status.get("observedGeneration", 0)) >= int(document["metadata"].get("generation", 0))
+
+
+def judge(document: Document) -> Verdict | None:
+    """None while it is under way, or waits for something that may still come."""
+    rows = conditions(document)
+    ready, progressing = rows.get(Condition.READY), rows.get(Condition.PROGRESSING)
+    if ready is None or progressing is None or not seen(document):
+        return None
+    if progressing.status == "False" and progressing.reason in FAILURES:
+        return Verdict(Exit.FAILED, f"{progressing.reason}: {progressing.message}")
+    rollout = (document.get("status") or {}).get("rollout") or {}
+    if rollout.get("outcome") == Outcome.ABORTED and progressing.reason != Reason.COMPLETE:
+        return Verdict(Exit.FAILED, f"{rollout['run']}/{rollout['version']} was aborted")
+    if ready.status != "True":
+        return None
+    if ready.reason == Reason.NO_MEMBERS:
+        return Verdict(Exit.DONE, ready.message)
+    if progressing.reason == Reason.COMPLETE and ready.reason == Reason.SYNCED:
+        return Verdict(Exit.DONE, progressing.message)
+    return None
