@@ -268,3 +268,43 @@ async def test_all_weightsyncs_of_a_namespace(world: Operated, apiserver: ApiSer
     assert [line.split()[0] for line in done.out.splitlines()] == ["NAME", "one", "two"]
     offered = await cli(world, apiserver, "__complete", "status", "-n", world.objects.namespace, "t")
     assert "one" not in offered.out
+
+
+async def test_the_doctor_finds_what_is_missing(world: Operated, apiserver: ApiServer) -> None:
+    await started(world)
+    await asyncio.to_thread(world.objects.weightsync, "other", app="nobody-")
+    place = ("--operator", operator_of(world))
+    done = await cli(world, apiserver, "doctor", "-o", "json", *place)
+    assert done.code == 1
+    found = {(each["check"], each["level"], each["subject"]) for each in done.json}
+    # These pods have fake agents outside of them, and this operator makes no certificates.
+    assert {("agent", "problem", f"pod {name}") for name in ("trainer-0", "vllm-0", "vllm-1")} <= found
+    assert ("bundle", "problem", f"ConfigMap {world.objects.namespace}/weightsync-ca") in found
+    assert ("selectors", "problem", "other spec.trainer.selector") in found
+    messages = " ".join(each["message"] for each in done.json)
+    assert "all 3 agents of policy are connected" in messages
+    assert " leads" in messages
+    text = (await cli(world, apiserver, "doctor", "policy", *place)).out
+    assert "-> label its template weightsync.dev/inject=true" in " ".join(text.split())
+    assert "other" not in text
+
+
+async def test_who_may_do_little_is_told_what_he_may_not(
+    world: Operated, apiserver: ApiServer, tmp_path: Path
+) -> None:
+    rules = [{"apiGroups": ["weightsync.dev"], "resources": ["weightsyncs"], "verbs": ["get", "list"]}]
+    await asyncio.to_thread(world.objects.weightsync)
+    await asyncio.to_thread(world.objects.allow, "reader", rules)
+    token = await asyncio.to_thread(world.objects.token, None, "", "reader")
+    kubeconfig = tmp_path / "reader"
+    kubeconfig.write_text(apiserver.kubeconfig.read_text().replace(apiserver.token, token))
+    status = await cli(world, apiserver, "status", "policy", "-o", "json", "--kubeconfig", str(kubeconfig))
+    assert status.code == 0
+    assert "ask for create on serviceaccounts/token" in status.json["hint"]
+    doctor = await cli(world, apiserver, "doctor", "-o", "json", "--kubeconfig", str(kubeconfig))
+    assert {"pods can't be listed", "it can't be read"} <= {
+        each["message"].partition(":")[0] for each in doctor.json if each["level"] == "unknown"
+    }
+    pause = await cli(world, apiserver, "pause", "policy", "--kubeconfig", str(kubeconfig))
+    assert pause.code == 4
+    assert "cannot patch resource" in pause.err

@@ -280,7 +280,7 @@ def _shared_memory(pod: Pod, served: Document, device: bool) -> Iterator[Finding
                 "shm",
                 f"pod {pod.name}",
                 "staging Device hands memory over by CUDA IPC, which needs one /dev/shm for engine and agent",
-                "mount one emptyDir (medium: Memory) at /dev/shm in both containers",
+                "name the pod's claim in the annotation weightsync.dev/claim: the agent gets /dev/shm along with it",
             )
     elif mount is None and size != "1":
         yield warning(
@@ -307,5 +307,6 @@ def _gpu_claim(pod: Pod, agent: Document, served: Document) -> Iterator[Finding]
         "gpu",
         f"pod {pod.name}",
         f"staging Device needs agent and {served['name']} to see the same GPU, and no claim is in both{plugin}",
-        "take the GPU by a ResourceClaimTemplate and name the claim under resources.claims of both; or staging: Host",
+        "take the GPU by a ResourceClaimTemplate, and name the claim in the annotation weightsync.dev/claim: the agent "
+        "gets it, too. Or staging: Host",
     )
