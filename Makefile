@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format verify lock apiserver cluster-up cluster-down e2e bench clean images
+.PHONY: help setup demo test unit lint format verify lock apiserver cluster-up cluster-down e2e e2e-gpu bench clean images
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ cluster-down: setup ## remove that cluster, whatever state it is in
 # CI=true: what is missing is built, and fails the run where it can't be.
 e2e: setup ## all end-to-end tests, on a cluster of their own (ARGS="--kubeconfig F --context C" names another)
 	@CI=true $(BIN)/python -m pytest tests/e2e --ignore=tests/e2e/test_demo.py -m 'not gpu' $(ARGS)
+
+e2e-gpu: setup ## the end-to-end scenarios on GPUs, in a kind cluster (examples/on-gpus); says why where they can't run
+	@$(BIN)/python -m pytest tests/e2e/scenarios -m gpu -rs $(ARGS)
 
 bench: setup ## one benchmark (NAME=host_path, orchestration or publish; ARGS="--write")
 	@$(BIN)/python benchmarks/$(or $(NAME),host_path).py $(ARGS)

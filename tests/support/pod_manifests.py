@@ -15,12 +15,14 @@ from weightsync_demo.engines import VLLM_SETTINGS, reference_command, vllm_comma
 ENGINE_PORT = 8000
 MODEL = "/model"
 USER = 65532
+LIMIT_RATE = "150KiB"
+"""Some four seconds a version."""
 ENGINES = {
     "reference": (reference_command, {"OMP_NUM_THREADS": "1"}),
     "vllm": (vllm_command, VLLM_SETTINGS),
 }
 """Arguments of Python and environment, by the kind of engine."""
-_RESTRICTED = {
+RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
     "readOnlyRootFilesystem": True,
@@ -35,7 +37,7 @@ def trainer(image: str, site: tuple[Path, str], limit_rate: str, node: str) -> l
         "image": image,
         "command": ["python3", "/trainer/pod_trainer.py"],
         "readinessProbe": {"httpGet": {"path": "/", "port": pod_trainer.PORT}, "periodSeconds": 1},
-        "securityContext": _RESTRICTED,
+        "securityContext": RESTRICTED,
         "volumeMounts": [
             {"name": "script", "mountPath": "/trainer", "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},
@@ -71,9 +73,9 @@ def engines(kind: str, image: str, site: tuple[Path, str], model: Path, replicas
         "command": ["python3", *command(MODEL, ENGINE_PORT, host="0.0.0.0")],
         "env": [{"name": name, "value": value} for name, value in settings.items()],
         "ports": [{"name": "http", "containerPort": ENGINE_PORT}],
-        "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 240},
+        "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 600},
         "readinessProbe": {**probe, "periodSeconds": 2, "timeoutSeconds": 5},
-        "securityContext": _RESTRICTED,
+        "securityContext": RESTRICTED,
         "volumeMounts": [
             {"name": "model", "mountPath": MODEL, "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},

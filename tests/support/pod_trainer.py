@@ -4,6 +4,7 @@ Runs in a pod, from a ConfigMap; ``GET /`` answers its run. An answer is one JSO
 """
 
 import json
+import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -11,6 +12,8 @@ PORT = 9000
 PUBLISH_SECONDS = 60.0
 SEED = 1000
 """Seed of version 0's weights; the servers start from another."""
+DEVICE = os.environ.get("DEVICE", "cpu")
+"""Where the weights are published from."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -25,7 +28,10 @@ class Handler(BaseHTTPRequestHandler):
 
         version = int(parse_qs(urlsplit(self.path).query)["version"][0])
         try:
-            done = publish(random_weights(TINY, SEED + version), version, timeout=PUBLISH_SECONDS)
+            weights = {
+                name: tensor.to(DEVICE) for name, tensor in random_weights(TINY, SEED + version).items()
+            }
+            done = publish(weights, version, timeout=PUBLISH_SECONDS)
         except PublishError as error:
             self._answer(409, {"error": str(error)})
         else:

@@ -44,8 +44,11 @@ class Expected:
     margin: float
 
 
-def ask(port: int, prompt: Sequence[int], tokens: int, host: str = "127.0.0.1") -> Answer:
-    """Greedy completion. Raises RefusedError when the server won't answer, OSError when it can't."""
+def ask(port: int, prompt: Sequence[int], tokens: int, host: str = "127.0.0.1", prefix: str = "") -> Answer:
+    """Greedy completion; ``prefix`` is before the path, where a proxy is asked.
+
+    Raises RefusedError when the server won't answer, OSError when it can't.
+    """
     body = {
         "model": "demo",
         "prompt": list(prompt),
@@ -57,7 +60,7 @@ def ask(port: int, prompt: Sequence[int], tokens: int, host: str = "127.0.0.1") 
     connection = http.client.HTTPConnection(host, port, timeout=_SECONDS)
     try:
         headers = {"content-type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        connection.request("POST", f"{prefix}/v1/completions", json.dumps(body), headers)
         response = connection.getresponse()
         data = response.read()
     except http.client.HTTPException as error:

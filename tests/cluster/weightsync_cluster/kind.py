@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,7 @@ from weightsync_demo.waiting import wait_for
 CREATE_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 300.0
 READY_TIMEOUT_S = 120.0
-CONFIGURATION = {
+CONFIGURATION: dict[str, Any] = {
     "kind": "Cluster",
     "apiVersion": "kind.x-k8s.io/v1alpha4",
     "nodes": [{"role": "control-plane"}, {"role": "worker"}, {"role": "worker"}],
@@ -39,10 +40,15 @@ class KindCluster(KubectlCluster):
         super().__init__(kubectl_program, directory / "kubeconfig", f"kind-{name}")
         self.name = name
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What kind is to make."""
+        return CONFIGURATION
+
     def up(self) -> None:
         """Make it. Raises ClusterError with what kind says."""
         named = [f"--name={self.name}", f"--kubeconfig={self.kubeconfig}"]
-        configuration = yaml.safe_dump(CONFIGURATION)
+        configuration = yaml.safe_dump(self.configuration)
         command = ["kind", "create", "cluster", *named, "--config=-", f"--wait={READY_TIMEOUT_S:g}s"]
         run(command, stdin=configuration, timeout=CREATE_TIMEOUT_S)
 

@@ -1,19 +1,27 @@
 """The operator as its chart installs it, and the pods that scenarios happen to."""
 
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chart_release import NAMESPACE, Helm
+import yaml
+from chart_release import NAMESPACE, ROOT, Helm
+from gpu_fleet import EXAMPLES, GpuFleet, api_proxy
 from pod_fleet import PodFleet, Release
 from scenario_table import Table
 
 from image_build import SITES, host_site, image_archives
-from images import TARGETS
+from images import TARGETS, image_name, project_version
+from weightsync_cluster import gpus
 from weightsync_cluster.cluster import Cluster
+from weightsync_cluster.gpus import GpuCluster
 from weightsync_cluster.kubectl import Namespace
+from weightsync_cluster.shell import run
 from weightsync_engine.reference.model_files import TINY, write_checkpoint
 
+IMAGES_TIMEOUT_S = 3600.0
 FIRST = ("engine-0", "engine-1")
 
 
@@ -57,18 +65,63 @@ def model(own_cluster: Cluster) -> Path:
 
 @pytest.fixture(
     scope="session",
-    params=["reference", pytest.param("vllm", marks=[pytest.mark.full, pytest.mark.vllm])],
+    params=[
+        "reference",
+        pytest.param("vllm", marks=[pytest.mark.full, pytest.mark.vllm]),
+        pytest.param("gpu", marks=[pytest.mark.full, pytest.mark.vllm, pytest.mark.gpu]),
+    ],
 )
-def fleet(
-    request: pytest.FixtureRequest, own_cluster: Cluster, release: Release, model: Path
-) -> Iterator[PodFleet]:
-    """A trainer and two servers, without any version; the servers are the reference engine or vLLM on the CPU."""
-    made = PodFleet(own_cluster, request.param, release, model)
+def fleet(request: pytest.FixtureRequest) -> Iterator[PodFleet]:
+    """A trainer and two servers, without any version.
+
+    The servers are the reference engine, or vLLM on the CPU, or vLLM with all pods on one GPU.
+    """
+    if request.param == "gpu":
+        made: PodFleet = request.getfixturevalue("gpu_fleet")
+    else:
+        own_cluster, release = request.getfixturevalue("own_cluster"), request.getfixturevalue("release")
+        made = PodFleet(own_cluster, request.param, release, request.getfixturevalue("model"))
     made.create()
     try:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuCluster]:
+    """kind, with the images of this checkout as docker builds them, and NVIDIA's driver for claims."""
+    lacking = gpus.missing()
+    if lacking:
+        pytest.skip(f"{lacking} (examples/on-gpus/README.md)")
+    run([sys.executable, ROOT / "scripts/images.py", "--tool=docker", *TARGETS], timeout=IMAGES_TIMEOUT_S)
+    kubectl = Path(str(shutil.which("kubectl")))
+    configuration = EXAMPLES / "kind/cluster.yaml"
+    made = GpuCluster("weightsync-gpus", kubectl, tmp_path_factory.mktemp("kind"), configuration)
+    # What a run that was killed has left.
+    made.down()
+    try:
+        made.up()
+        for target in TARGETS:
+            made.load_docker_image(image_name(target, project_version()))
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="session")
+def gpu_fleet(
+    gpu_cluster: GpuCluster, helm: Helm, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GpuFleet]:
+    """The operator there, and a fleet that is not created yet."""
+    values = yaml.safe_load((EXAMPLES / "one-gpu/values.yaml").read_text())
+    release = Release(helm.on(gpu_cluster.kubeconfig), Namespace(gpu_cluster, NAMESPACE), **values)
+    release.install()
+    release.namespace.wait("deployment/weightsync-operator", "Available", 120)
+    model = tmp_path_factory.mktemp("model")
+    write_checkpoint(model, TINY, seed=7)
+    with api_proxy(gpu_cluster) as port:
+        yield GpuFleet(gpu_cluster, release, model, port)
 
 
 @pytest.fixture

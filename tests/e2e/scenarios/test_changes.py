@@ -112,7 +112,7 @@ def test_operator_killed(synced: PodFleet, table: Table, phases: tuple[str, ...]
         ThreadPoolExecutor(1) as pool,
     ):
         # Some phases are over within milliseconds: who kills looks on before there is anything to be seen.
-        killing = pool.submit(synced.wait_rollout, synced.version + 1, *phases, then=kill)
+        killing = pool.submit(synced.wait_rollout, synced.next_version, *phases, then=kill)
         version = synced.publish()
         scene.begin(f"as of {killing.result(90)}")
         synced.wait_served(version)
