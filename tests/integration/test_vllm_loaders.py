@@ -1,4 +1,4 @@
-"""The preflight and the load against several of vLLM's model families, each in a process of its own.
+"""The preflight against several of vLLM's model families, each in a process of its own.
 
 Nothing here tells the engine what shapes a checkpoint has: the model's own loaders are all there is to ask.
 """
@@ -79,7 +79,3 @@ def test_another_shape_is_found(found):
 def test_an_output_layer_that_is_the_embedding_may_be_published_or_not(found):
     if found["kind"] == "tied":
         assert found["with the output layer"] == []
-
-
-def test_what_is_loaded_answers_as_what_was_started_with(found):
-    assert found["applied"] == [found["fresh"]] * 2

@@ -19,7 +19,7 @@ from weightsync_contract.manifest import Manifest
 from weightsync_engine.boot import boot_id
 from weightsync_engine.guard.middleware import DEFAULT_DIRECTORY, DIRECTORY
 from weightsync_engine.vllm.agreement import all_ranks
-from weightsync_engine.vllm.load import is_tied, load
+from weightsync_engine.vllm.load import Loaded, Loader, is_tied
 from weightsync_engine.vllm.preflight import check
 from weightsync_engine.worker.protocol import Hello, Problem
 from weightsync_engine.worker.server import WorkerServer
@@ -72,7 +72,13 @@ class WeightSyncBackend(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
         state = WorkerState(Hello(boot_id(), rank, size, f"vllm {__version__}", os.getpid()))
         self._session = UpdateSession(state, self._check, self._load)
         self._server = WorkerServer(Path(os.environ.get(DIRECTORY, DEFAULT_DIRECTORY)), str(rank), state)
+        self._loader = Loader(model, self.model_config, device, _no_plan(vllm_config))
         self._server.start()
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """How the last version came into the model: modules and bytes by the plan and by vLLM, and the time."""
+        return self._loader.last
 
     # Of vLLM up to 0.27.1 an abstract method; the trainer never sends to this backend.
     @staticmethod
@@ -101,7 +107,24 @@ class WeightSyncBackend(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
         """The socket stays: it belongs to the worker's life, not to a trainer's connection."""
 
     def _check(self, manifest: Manifest) -> tuple[Problem, ...]:
-        return check(self.model, Path(self.model_config.model), is_tied(self.model_config), manifest)
+        # Asked again for what is known already: serving must not wait for a trace. All ranks must say so.
+        if all_ranks(self._loader.knows(manifest.layout)):
+            return ()
+        checked = check(self.model, Path(self.model_config.model), is_tied(self.model_config), manifest)
+        if checked.found is None or checked.problems:
+            self._loader.forget("the manifest was refused")
+        else:
+            self._loader.record(manifest.layout, checked.found)
+        return checked.problems
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        load(self.model, self.model_config, self.device, tensors)
+        self._loader.load(tensors)
+
+
+def _no_plan(vllm_config: "VllmConfig") -> str:
+    """Why the weights' places may change or mean something else, so that nothing may rest on them."""
+    if vllm_config.lora_config is not None:
+        return "LoRA wraps the model's layers"
+    if getattr(vllm_config.parallel_config, "enable_eplb", False):
+        return "experts move between ranks (enable_eplb)"
+    return ""

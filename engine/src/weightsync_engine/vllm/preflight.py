@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +25,16 @@ _OPTIONAL: Final = ("k_scale", "v_scale", "q_scale", "prob_scale", "input_scale"
 _MAX_HEADER: Final = 100 << 20
 
 
-def check(model: torch.nn.Module, checkpoint: Path, tied: bool, manifest: Manifest) -> tuple[Problem, ...]:
-    """Every reason not to take ``manifest``. All ranks must call it at the same time with the same manifest.
+@dataclass(frozen=True)
+class Checked:
+    """Every reason not to take a manifest, and what loading it would copy where (None: nobody could say)."""
+
+    problems: tuple[Problem, ...]
+    found: Trace | None
+
+
+def check(model: torch.nn.Module, checkpoint: Path, tied: bool, manifest: Manifest) -> Checked:
+    """Ask about ``manifest``. All ranks must call it at the same time with the same manifest.
 
     ``checkpoint`` is where the engine read its model from, for saying what shapes it wants; it need not hold any.
     ``tied``: the output layer is the embedding, and a tensor for it is left aside, as it is when loading.
@@ -41,11 +50,8 @@ def check(model: torch.nn.Module, checkpoint: Path, tied: bool, manifest: Manife
     # Before anything that may raise on one rank only: the others wait in here.
     used = _used_by_all(found, len(tensors))
     if found is None:
-        return (
-            Problem(
-                "manifest", f"the model's loaders could not be asked ({trouble})", "see the engine's log"
-            ),
-        )
+        what = f"the model's loaders could not be asked ({trouble})"
+        return Checked((Problem("manifest", what, "see the engine's log"),), None)
     shapes = _checkpoint_shapes(checkpoint)
     problems: list[Problem] = []
     for source, (elements, first, end) in zip(found.sources, used, strict=True):
@@ -53,7 +59,7 @@ def check(model: torch.nn.Module, checkpoint: Path, tied: bool, manifest: Manife
     problems += _casts(found)
     refused = {problem.tensor for problem in problems}
     problems += _uncovered(found.targets, refused, shapes, {name for name, _, _ in tensors})
-    return tuple(problems)
+    return Checked(tuple(problems), found)
 
 
 def _used_by_all(found: Trace | None, count: int) -> list[tuple[int, int, int]]:
@@ -118,7 +124,9 @@ def _uncovered(
     short = [
         target
         for target in targets
-        if not covered.intersection(target.names) and not target.names[0].endswith(_OPTIONAL)
+        if not target.buffer
+        and not covered.intersection(target.names)
+        and not target.names[0].endswith(_OPTIONAL)
     ]
     if not short:
         return []
