@@ -33,7 +33,8 @@ class OperatorProcess:
         self._ports_file = directory / f"{name}.ports"
         self._command = [
             *(sys.executable, *program, "--kubeconfig", str(kubeconfig)),
-            *("--session-port", "0", "--health-port", "0", "--ports-file", str(self._ports_file)),
+            *("--session-port", "0", "--health-port", "0", "--metrics-port", "0"),
+            *("--ports-file", str(self._ports_file)),
             *("--identity", name, *arguments),
         ]
         self._process: subprocess.Popen[bytes] | None = None

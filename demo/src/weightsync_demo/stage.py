@@ -135,7 +135,7 @@ def _start_operator(stack: ExitStack, cluster: Cluster, directory: Path, view: V
         *(sys.executable, "-m", "weightsync_operator", "--kubeconfig", str(cluster.kubeconfig)),
         *("--namespace", cluster.namespace, "--lease-namespace", cluster.namespace),
         *("--session-service", "weightsync-operator", "--session-host", "127.0.0.1"),
-        *("--session-port", "0", "--health-port", "0"),
+        *("--session-port", "0", "--health-port", "0", "--metrics-port", "0"),
         *("--ports-file", str(ports), "--log-format", "text"),
         *(("--context", cluster.context) if cluster.context else ()),
     ]

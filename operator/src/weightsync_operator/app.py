@@ -10,9 +10,10 @@ from typing import Any, Final
 from aiohttp import web
 
 from weightsync_contract import logs
+from weightsync_operator.checks import Checks
 from weightsync_operator.core.decide import decide
 from weightsync_operator.core.memory import Memory
-from weightsync_operator.core.model import Note, PodView
+from weightsync_operator.core.model import Note, PodView, Verdict
 from weightsync_operator.fleet import FleetServer
 from weightsync_operator.health import Health
 from weightsync_operator.kube.api import Api
@@ -20,11 +21,15 @@ from weightsync_operator.kube.connection import Connection
 from weightsync_operator.kube.errors import KubeError
 from weightsync_operator.kube.reviews import User, may_read, review_token
 from weightsync_operator.lease import Elector, LeaseLostError
+from weightsync_operator.metrics.collector import FleetNow, ReplicaCollector, ReplicaNow
+from weightsync_operator.metrics.meter import Meter
+from weightsync_operator.metrics.server import metrics_app, new_registry
 from weightsync_operator.pki.authority import Authority, Place, service_names
 from weightsync_operator.pki.files import CertificateFiles
 from weightsync_operator.pki.serving import Serving
 from weightsync_operator.reconcile import Reconciler, StoodDownError
 from weightsync_operator.recorder import Recorder
+from weightsync_operator.release import own_version
 from weightsync_operator.servers import Ports
 from weightsync_operator.session.auth import Authenticator
 from weightsync_operator.session.connection import KeepAlive
@@ -61,7 +66,10 @@ class Operator:
         if self._serving:
             self._health.certificate = self._serving.not_ready
         self._registry = Registry(self._agents_changed)
+        self._metrics = new_registry()
+        self._meter = Meter(self._metrics)
         self._recorder = Recorder(self._api, identity)
+        self._checks = Checks(self._check_answered)
         self._leading = False
         own_namespace = settings.lease_namespace or connection.namespace
         self._elector = Elector(
@@ -86,7 +94,9 @@ class Operator:
             new_memory=Memory,
             valid=self._elector.valid,
             record=self._recorder.record,
+            ask=self._checks.ask,
         )
+        ReplicaCollector(self._metrics, self._now)
         self._authority, self._files = None, None
         if self._serving and settings.session_service:
             self._authority = self._make_authority(self._serving, settings, own_namespace)
@@ -99,13 +109,14 @@ class Operator:
             host=settings.session_host,
             session=self._ports.session,
             health=self._ports.health,
+            metrics=self._ports.metrics,
         )
         if settings.ports_file:
             self._ports.write(Path(settings.ports_file))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until ``stop``. Raises LeaseLostError or StoodDownError: end the process then, at once."""
-        await self._ports.serve(self._session_app(), self._health_app())
+        await self._ports.serve(self._session_app(), self._health_app(), metrics_app(self._metrics))
         try:
             await self._work_until(stop)
         finally:
@@ -139,6 +150,7 @@ class Operator:
                 group.create_task(self._elector.run())
                 group.create_task(self._lead())
                 group.create_task(self._recorder.run())
+                group.create_task(self._checks.run())
                 for kept in (self._authority, self._files):
                     if kept is not None:
                         group.create_task(kept.run())
@@ -162,6 +174,7 @@ class Operator:
     async def _reconcile_for_ever(self) -> None:
         while True:
             key = await self._queue.take()
+            began, done = time.monotonic(), False
             try:
                 async with asyncio.timeout(_PASS_SECONDS):
                     again = await self._reconciler.reconcile(key)
@@ -177,10 +190,37 @@ class Operator:
                 log.exception("pass failed", weightsync="/".join(key), again_in=seconds)
             else:
                 self._queue.succeeded(key)
+                done = True
+                self._measure(key)
                 if again is not None:
                     self._queue.add_after(key, again)
             finally:
                 self._queue.done(key)
+                self._meter.reconciled(done, time.monotonic() - began)
+
+    def _measure(self, key: Key) -> None:
+        stored, view = self._store.weightsync(key), self._reconciler.view(key)
+        if stored is not None and view is not None:
+            self._meter.seen(key, view, stored.status)
+
+    def _now(self) -> ReplicaNow:
+        fleets = []
+        if self._leads():
+            weightsyncs = self._store.weightsyncs()
+            self._meter.keep(each.key for each in weightsyncs)
+            for each in weightsyncs:
+                view = self._reconciler.view(each.key)
+                stalled = self._meter.stalled(each.key, view) if view else 0
+                fleets.append(FleetNow(*each.key, each.status, view, stalled))
+        return ReplicaNow(
+            version=own_version(),
+            leads=self._leads(),
+            sessions=sum(each.connected for each in self._registry.views().values()),
+            queue_depth=len(self._queue),
+            watch_failures=self._watch.failures,
+            list_failures=self._truth.failures,
+            fleets=fleets,
+        )
 
     def _make_authority(self, serving: Serving, settings: Settings, namespace: str) -> Authority:
         def tell(note: Note, about: str) -> None:
@@ -210,6 +250,10 @@ class Operator:
             return Leadership(ready=True)
         own = self._elector.elected.is_set()
         return Leadership(ready=False, address="" if own else self._elector.leader_address)
+
+    def _check_answered(self, key: Key, verdict: Verdict) -> None:
+        self._reconciler.answered(key, verdict)
+        self._queue.add(key)
 
     def _pod_gone(self, pod: PodView) -> None:
         self._registry.forget(pod.uid)

@@ -16,6 +16,7 @@ class Ports:
     def __init__(self, settings: Settings, tls: ssl.SSLContext | None = None) -> None:
         self._session = _listen(settings.session_host, settings.session_port)
         self._health = _listen(settings.session_host, settings.health_port)
+        self._metrics = _listen(settings.session_host, settings.metrics_port)
         self._tls = tls
         self._runners: list[web.AppRunner] = []
 
@@ -29,16 +30,26 @@ class Ports:
         port: int = self._health.getsockname()[1]
         return port
 
+    @property
+    def metrics(self) -> int:
+        port: int = self._metrics.getsockname()[1]
+        return port
+
     def write(self, path: Path) -> None:
         """Tell the ports in a file, whole or not at all."""
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps({"session": self.session, "health": self.health}))
+        temporary.write_text(
+            json.dumps({"session": self.session, "health": self.health, "metrics": self.metrics})
+        )
         temporary.replace(path)
 
-    async def serve(self, session: web.Application, health: web.Application) -> None:
-        """Answer on both."""
+    async def serve(
+        self, session: web.Application, health: web.Application, metrics: web.Application
+    ) -> None:
+        """Answer on all."""
         await self._serve(session, self._session, self._tls)
         await self._serve(health, self._health, None)
+        await self._serve(metrics, self._metrics, None)
 
     async def close(self) -> None:
         """Answer no more."""
@@ -46,6 +57,7 @@ class Ports:
             await runner.cleanup()
         self._session.close()
         self._health.close()
+        self._metrics.close()
 
     async def _serve(
         self, app: web.Application, listening: socket.socket, tls: ssl.SSLContext | None

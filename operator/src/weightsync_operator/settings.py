@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from weightsync_contract import logs
-from weightsync_contract.names import HEALTH_PORT, SESSION_PORT
+from weightsync_contract.names import HEALTH_PORT, METRICS_PORT, SESSION_PORT
 from weightsync_operator.lease import LeaseTimes
 from weightsync_operator.pki.times import PkiTimes
 
@@ -51,6 +51,7 @@ class Settings:
     pki: PkiTimes = field(default_factory=PkiTimes)
     advertise_host: str = ""
     health_port: int = HEALTH_PORT
+    metrics_port: int = METRICS_PORT
     ports_file: str = ""
     identity: str = ""
     lease_namespace: str = ""
@@ -104,6 +105,7 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = o
         pki=pki,
         advertise_host=given.advertise_host or environ.get("POD_IP", ""),
         health_port=given.health_port,
+        metrics_port=given.metrics_port,
         ports_file=given.ports_file,
         identity=given.identity or environ.get("POD_NAME", "") or socket.gethostname(),
         lease_namespace=given.lease_namespace or environ.get("POD_NAMESPACE", ""),
@@ -205,10 +207,13 @@ def _parser() -> argparse.ArgumentParser:
         "--health-port", type=_port, default=HEALTH_PORT, metavar="PORT", help=_port_help(HEALTH_PORT)
     )
     replica.add_argument(
+        "--metrics-port", type=_port, default=METRICS_PORT, metavar="PORT", help=_port_help(METRICS_PORT)
+    )
+    replica.add_argument(
         "--ports-file",
         default="",
         metavar="FILE",
-        help='write the ports that were taken to this file, as JSON {"session": ..., "health": ...}',
+        help='write the ports that were taken to this file, as JSON {"session": ..., "health": ..., "metrics": ...}',
     )
     replica.add_argument(
         "--identity",

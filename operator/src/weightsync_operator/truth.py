@@ -42,6 +42,8 @@ class Truth:
         self._namespace = namespace
         self._enqueue = enqueue
         self._pod_gone = pod_gone
+        self.failures = 0
+        """Lists that failed."""
 
     async def list_until_done(self) -> None:
         """LIST everything, again and again until it succeeds."""
@@ -50,8 +52,10 @@ class Truth:
                 await self._list_all()
                 return
             except NotFoundError as error:
+                self.failures += 1
                 log.error("no WeightSyncs at the API server: kubectl apply -f crds/", error=error)
             except KubeError as error:
+                self.failures += 1
                 log.error("list failed, trying again", error=error)
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -62,6 +66,7 @@ class Truth:
             try:
                 await self._list_all()
             except KubeError as error:
+                self.failures += 1
                 log.warning("list failed", error=error)
                 continue
             for each in self._store.weightsyncs():

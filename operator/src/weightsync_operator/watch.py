@@ -47,6 +47,8 @@ class Watch:
         self._on_pod = on_pod
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self.failures = 0
+        """Watches that ended without being told to."""
 
     def start(self) -> None:
         """Start watching; call it on the loop that the handlers are to be called on."""
@@ -69,6 +71,7 @@ class Watch:
             except Exception:
                 log.exception("watching failed")
             if not self._stop.is_set():
+                self.failures += 1
                 log.warning("watching ended, beginning again", seconds=_AGAIN_SECONDS)
                 self._stop.wait(_AGAIN_SECONDS)
 

@@ -2,12 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from weightsync_operator.cli.core.durations import parse_duration
 from weightsync_operator.cli.core.exits import MEANINGS
 from weightsync_operator.cli.core.verbs import Verb
+from weightsync_operator.release import own_version
 
 SHELLS: Final = ("bash", "zsh", "fish")
 _WAIT_SECONDS: Final = 30.0
@@ -142,14 +142,6 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     completion.add_argument("shell", choices=SHELLS)
     return parser
-
-
-def own_version() -> str:
-    """This release."""
-    try:
-        return version("weightsync-operator")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def parse(prog: str, arguments: Sequence[str]) -> argparse.Namespace:

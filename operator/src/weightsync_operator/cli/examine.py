@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from weightsync_contract.fleetview import FleetView
 from weightsync_contract.names import CA_NAME, GROUP, LEASE_NAME, PLURAL
-from weightsync_operator.cli.arguments import own_version
 from weightsync_operator.cli.cluster import Cluster
 from weightsync_operator.cli.core.doctor.diagnosis import diagnose
 from weightsync_operator.cli.core.doctor.facts import Facts, Got, name_of
 from weightsync_operator.cli.core.doctor.findings import Finding
 from weightsync_operator.cli.live import Live, NoViewError, find_operator
 from weightsync_operator.kube.errors import ForbiddenError, KubeError, NotFoundError
+from weightsync_operator.release import own_version
 
 _OPERATOR: Final = {"labelSelector": "app.kubernetes.io/name=weightsync-operator"}
 _PART_OF: Final = {"labelSelector": "app.kubernetes.io/part-of=weightsync"}

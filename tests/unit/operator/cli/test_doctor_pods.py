@@ -140,7 +140,10 @@ def test_another_engine_than_vllm_is_not_told_about_vllms_flags() -> None:
 
 
 def test_an_engine_behind_a_shell_is_read_too() -> None:
-    line = 'exec vllm serve m --middleware weightsync_engine.guard.Guard --weight_transfer_config \'{"backend":"weightsync"}\''
+    line = (
+        "exec vllm serve m --middleware weightsync_engine.guard.Guard "
+        '--weight_transfer_config \'{"backend":"weightsync"}\''
+    )
 
     def change(pod: Object) -> None:
         engine(pod).update(command=["sh", "-c"], args=[line])
