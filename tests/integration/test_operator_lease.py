@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,33 @@ async def test_a_released_lease_is_taken_at_once(api: Api, namespace: str) -> No
         assert not first.valid()
         async with asyncio.timeout(5):
             await second.elected.wait()
+
+
+async def test_a_lease_that_was_renewed_in_the_last_moment_is_released_too(
+    api: Api, namespace: str, api_client: client.ApiClient
+) -> None:
+    slow = LeaseTimes(duration=60, renew=40, retry=0.1)
+    first, second = elector(api, namespace, slow), elector(api, namespace, slow)
+    async with running(first):
+        await first.elected.wait()
+    # A renewal that arrives though nobody waits for its answer any more.
+    renewed = {"spec": {"renewTime": datetime.now(UTC).isoformat()}}
+    client.CoordinationV1Api(api_client).patch_namespaced_lease(LEASE_NAME, namespace, renewed)
+    await first.release()
+    async with running(second):
+        await asyncio.wait_for(second.elected.wait(), 5)
+
+
+async def test_a_lease_that_another_holds_is_not_released(
+    api: Api, namespace: str, api_client: client.ApiClient
+) -> None:
+    leases = client.CoordinationV1Api(api_client)
+    first = elector(api, namespace)
+    async with running(first):
+        await first.elected.wait()
+    leases.patch_namespaced_lease(LEASE_NAME, namespace, {"spec": {"holderIdentity": "another"}})
+    await first.release()
+    assert leases.read_namespaced_lease(LEASE_NAME, namespace).spec.holder_identity == "another"
 
 
 async def test_whoever_lost_the_lease_ends(api: Api, namespace: str, api_client: client.ApiClient) -> None:

@@ -19,6 +19,9 @@ from weightsync_operator.kube.leases import LeaseRecord, create_lease, get_lease
 
 log = logs.get(__name__)
 
+RELEASES = 3
+"""How often an ending leader tries to give the Lease up."""
+
 
 class LeaseLostError(Exception):
     """This process no longer leads and must end: it may not know what the new leader does."""
@@ -84,12 +87,26 @@ class Elector:
     async def release(self) -> None:
         """Give the Lease up: another replica need not wait for its end. Nothing may be sent afterwards."""
         held, self._renewed_at = self._seen if self.elected.is_set() else None, float("-inf")
-        if held is None or held.holder != self.identity:
-            return
+        for _ in range(RELEASES):
+            if held is None or held.holder != self.identity:
+                return
+            try:
+                await self._put(replace(held, holder="", duration_seconds=1, renew_time=lease_time()))
+                return
+            except ConflictError:
+                # Most likely a renewal of our own that was under way when this process was told to end.
+                held = await self._read_or_none()
+            except KubeError as error:
+                log.warning("lease not released", error=error)
+                return
+        log.warning("lease not released", error=f"it was changed {RELEASES} times meanwhile")
+
+    async def _read_or_none(self) -> LeaseRecord | None:
         try:
-            await self._put(replace(held, holder="", duration_seconds=1, renew_time=lease_time()))
+            return await get_lease(self._api, self._namespace, LEASE_NAME, self._times.retry)
         except KubeError as error:
-            log.warning("lease not released", error=error)
+            log.warning("lease not readable", error=error)
+            return None
 
     async def _try_to_acquire(self) -> bool:
         started = self._clock()
