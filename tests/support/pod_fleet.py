@@ -254,6 +254,11 @@ class PodFleet:
         then()
         return seen
 
+    def back(self, name: str, restarts: int) -> bool:
+        """Whether a pod had more restarts than that, and is Ready."""
+        pod = self.pods().get(name)
+        return pod is not None and pod.restarts > restarts and pod.ready
+
     # ---------------------------------------------------------------------------------- what is asked
 
     def ask(self, name: str) -> Answer:
