@@ -52,6 +52,10 @@ def selector(**selector: Any) -> dict[str, Any]:
     return {"trainer": {"selector": selector}}
 
 
+def check(**check: Any) -> dict[str, Any]:
+    return {"strategy": {"steps": [{"members": 1, "check": check}]}}
+
+
 BAD = {
     "empty selector": (
         selector(),
@@ -139,6 +143,47 @@ BAD = {
     "pause of no time": (
         {"strategy": {"steps": [{"members": 1, "pause": {"durationSeconds": 0}}]}},
         "durationSeconds",
+    ),
+    "check of nothing": (
+        {"strategy": {"steps": [{"members": 1, "check": {}}]}},
+        "a check asks exactly one, http or prometheus",
+    ),
+    "check of two things": (
+        check(http={"url": "http://a"}, prometheus={"address": "http://b", "query": "up", "min": 1}),
+        "a check asks exactly one, http or prometheus",
+    ),
+    "check of a file": (
+        check(http={"url": "file:///etc/passwd"}),
+        "url must begin with http:// or https:// and a host",
+    ),
+    "check without a host": (
+        check(http={"url": "http:///path"}),
+        "url must begin with http:// or https:// and a host",
+    ),
+    "check of an impossible status": (check(http={"url": "http://a", "status": 42}), "http.status"),
+    "check of a value nowhere": (
+        check(http={"url": "http://a", "json": {"equals": "ok"}}),
+        "http.json.path: Required",
+    ),
+    "query without bounds": (
+        check(prometheus={"address": "http://b", "query": "up"}),
+        "give min, max or both, that the query's samples must keep to",
+    ),
+    "query with crossed bounds": (
+        check(prometheus={"address": "http://b", "query": "up", "min": 2, "max": 1.5}),
+        "min must not be above max",
+    ),
+    "query in the address": (
+        check(prometheus={"address": "http://b/api?query=up", "query": "up", "min": 1}),
+        "address must begin with http:// or https:// and a host, without a query",
+    ),
+    "check that is never asked": (
+        check(http={"url": "http://a"}, intervalSeconds=60, deadlineSeconds=30),
+        "deadlineSeconds must be at least intervalSeconds",
+    ),
+    "unknown end of a failure": (
+        {"strategy": {"onFailure": "Panic"}},
+        'supported values: "Hold", "Rollback"',
     ),
     "negative maxUnavailable": (
         {"strategy": {"maxUnavailable": -1}},
@@ -239,8 +284,31 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "later: the engine's own workers": {"dataPlane": {"type": "Engine"}, "verification": "None"},
     "later: GPU memory": {"dataPlane": {"staging": "Device"}, "transport": {"backend": "NCCL"}},
-    "later: waves": {"strategy": {"steps": [{"members": 1, "pause": {}}, {"members": "100%"}]}},
-    "later: a pinned version": {"target": {"policy": "Pinned", "version": 7, "run": "a"}},
+    "waves": {"strategy": {"steps": [{"members": 1, "pause": {}}, {"members": "100%"}]}},
+    "checks": {
+        "strategy": {
+            "onFailure": "Rollback",
+            "steps": [
+                {
+                    "members": 1,
+                    "check": {
+                        "http": {
+                            "url": "https://eval.ns:8443/v1?x=y",
+                            "json": {"path": "a.0", "equals": "ok"},
+                        },
+                        "intervalSeconds": 5,
+                        "deadlineSeconds": 60,
+                    },
+                },
+                {
+                    "members": "50%",
+                    "pause": {"durationSeconds": 60},
+                    "check": {"prometheus": {"address": "http://prom:9090/sub", "query": "up", "max": 0.01}},
+                },
+            ],
+        }
+    },
+    "a pinned version": {"target": {"policy": "Pinned", "version": 7, "run": "a"}},
     "all may fail": {"strategy": {"maxUnavailable": "100%"}},
 }
 
@@ -267,7 +335,7 @@ def test_what_is_left_out_gets_its_default(apiserver: ApiServer, namespace: str)
         },
         "dataPlane": {"type": "Sidecar"},
         "transport": {"mode": "Packed", "bufferSize": "256Mi", "numBuffers": 3, "port": 0},
-        "strategy": {"maxUnavailable": "25%"},
+        "strategy": {"maxUnavailable": "25%", "onFailure": "Hold"},
         "verification": "Digest",
         "target": {"policy": "Latest"},
         "timeouts": {"joinSeconds": 60, "transferSeconds": 300, "commitSeconds": 60, "progressSeconds": 900},
@@ -349,6 +417,8 @@ def test_explain_describes_every_field(apiserver: ApiServer) -> None:
     text = apiserver.kubectl("explain", "weightsync.spec", "--recursive=false")
     assert "How weights get into the engines." in " ".join(text.split())
     text = apiserver.kubectl("explain", "weightsync.spec.strategy.steps")
+    assert "Waves of members that switch one after the other" in " ".join(text.split())
+    text = apiserver.kubectl("explain", "weightsync.spec.dataPlane.type")
     assert "not yet supported: planned for 0.2" in " ".join(text.split())
     assert not list(undescribed("spec", SCHEMA["properties"]["spec"]))
     assert not list(undescribed("status", SCHEMA["properties"]["status"]))

@@ -1,9 +1,11 @@
 """What the tests of decide say of a fleet, and do to it."""
 
+from dataclasses import replace
 from typing import Any
 
 from weightsync_contract.messages import Failure, Transfer, TransferState, VersionId
 from weightsync_contract.reasons import Condition, FailureCode, Outcome, Reason
+from weightsync_operator.core.model import Check, Wave
 
 V2 = VersionId("a", 2)
 
@@ -46,3 +48,19 @@ def failed(fleet: Any, reason: Reason) -> None:
     assert fleet.status.current.version == 1
     assert None not in fleet.serving()
     assert len(fleet.events(reason)) == 1
+
+
+def canary(make: Any, waves: list[Wave], members: int = 4, **spec: Any) -> Any:
+    """A fleet that serves version 1, whose next version goes in these waves."""
+    fleet = make(members=members, spec={"retained_versions": 5, **spec})
+    fleet.publish(1)
+    fleet.run()
+    assert fleet.serving() == [1] * members
+    fleet.spec = replace(fleet.spec, waves=tuple(waves))
+    fleet.generation += 1
+    fleet.notes.clear()
+    return fleet
+
+
+def wave(members: str, check: Check) -> Wave:
+    return Wave(members, None, check)

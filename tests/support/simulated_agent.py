@@ -70,6 +70,7 @@ class Groups:
 
     clock: Clock
     children: list[Child] = field(default_factory=list)
+    faults: bool = True
 
     def of(self, key: tuple[int, str]) -> list[Child]:
         return [each for each in self.children if each.key == key and each.alive]
@@ -122,7 +123,7 @@ class Groups:
                 elif isinstance(order, fx.SendVersion):
                     self._later(each, ev.ChildSent(each.number))
                 elif isinstance(order, fx.ReceiveVersion):
-                    corrupt = self.clock.chance(0.01)
+                    corrupt = self.faults and self.clock.chance(0.01)
                     digest = "corrupt" if corrupt else order.wanted.digest
                     each.owner.bytes[order.slot] = digest
                     self._received(each, order.slot, digest)
@@ -135,7 +136,7 @@ class Groups:
         def said() -> None:
             child.owner.from_child(child, ev.ChildReceived(child.number, digest))
             # One in a hundred hangs.
-            if not self.clock.chance(0.01):
+            if not (self.faults and self.clock.chance(0.01)):
                 self.clock.soon(0.001, 0.3, unmapped)
 
         def unmapped() -> None:
@@ -433,7 +434,7 @@ class SimAgent:
             self.answer(0.01, 0.1, replace(failed, clean=True))
             return
         engine.applying = True
-        kind = self.clock.random.random()
+        kind = self.clock.random.random() if self.groups.faults else 1.0
 
         def begin() -> None:
             if engine.up and engine is self.engine:

@@ -30,7 +30,7 @@ class Simulation:
         self.clock = Clock(seed)
         self.history = History()
         random = self.clock.random
-        self.groups = Groups(self.clock)
+        self.groups = Groups(self.clock, faults=faults)
         self.members = [self._agent(f"m{number}", Role.INFERENCE) for number in range(random.randint(2, 4))]
         self.trainer = self._agent("trainer", Role.TRAINER)
         self.agents = {each.uid: each for each in (self.trainer, *self.members)}

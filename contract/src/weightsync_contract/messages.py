@@ -96,6 +96,15 @@ class Mode(StrEnum):
     PER_TENSOR = "PerTensor"
 
 
+class Staging(StrEnum):
+    """Where a received version waits for its use."""
+
+    HOST = "Host"
+    """Memory of the agent's pod."""
+    DEVICE = "Device"
+    """Memory of the engine's own, on its GPU."""
+
+
 # ------------------------------------------------------------------------------------- agent to operator
 
 
@@ -251,6 +260,7 @@ class Transport:
     buffer_bytes: int = 256 << 20
     num_buffers: int = 3
     port: int = 0
+    staging: Staging = Staging.HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +314,8 @@ class Desired:
     remaining_ms: int = 0
     """What is left of the present phase; 0 for no phase."""
     retained_versions: int = 2
+    keep: tuple[VersionId, ...] = ()
+    """Versions whose copies the trainer's agent keeps besides the newest: somebody is still to get them."""
     fleet: Fleet = field(default_factory=Fleet)
 
 

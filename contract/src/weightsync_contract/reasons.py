@@ -17,6 +17,8 @@ class Condition(StrEnum):
     PROGRESSING = "Progressing"
     SOURCE_AVAILABLE = "SourceAvailable"
     MEMBERS_HEALTHY = "MembersHealthy"
+    ACTION_TAKEN = "ActionTaken"
+    """The answer to the annotation weightsync.dev/action; there only while that is."""
 
 
 class Reason(StrEnum):
@@ -35,6 +37,13 @@ class Reason(StrEnum):
     TRANSFERRING = "Transferring"
     COMMITTING = "Committing"
     PAUSED = "Paused"
+    CANARY_PAUSED = "CanaryPaused"
+    CANARY_CHECKING = "CanaryChecking"
+    CHECK_FAILED = "CheckFailed"
+    CANARY_LOST = "CanaryLost"
+    SUPERSEDED = "Superseded"
+    ABORTED = "Aborted"
+    ROLLED_BACK = "RolledBack"
     COMPLETE = "Complete"
     WAITING_FOR_ROSTER = "WaitingForRoster"
     JOIN_TIMEOUT = "JoinTimeout"
@@ -58,6 +67,12 @@ class Reason(StrEnum):
     CONFLICT = "Conflict"
     CAPABILITY_MISSING = "CapabilityMissing"
     AGENT_MISSING = "AgentMissing"
+    # ActionTaken
+    ACCEPTED = "Accepted"
+    STALE = "Stale"
+    NOT_PAUSED = "NotPaused"
+    PINNED = "Pinned"
+    INVALID = "Invalid"
     # Events only: what agents check the operator's certificate with
     AUTHORITY_REPLACED = "AuthorityReplaced"
     AUTHORITY_NOT_OURS = "AuthorityNotOurs"

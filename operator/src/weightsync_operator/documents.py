@@ -6,6 +6,7 @@ from typing import Any
 
 from weightsync_contract.codec import camel, from_document, to_document
 from weightsync_contract.messages import ObjectRef
+from weightsync_contract.names import ANNOTATION_ACTION
 from weightsync_operator.core.model import PodView, Spec, Status
 from weightsync_operator.core.spec import parse_spec
 
@@ -21,6 +22,8 @@ class Stored:
     spec: Spec
     status: Status
     document: Mapping[str, Any] = field(repr=False)
+    action: str = ""
+    """The annotation weightsync.dev/action."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -39,6 +42,7 @@ def parse_weightsync(document: Mapping[str, Any]) -> Stored:
         spec=parse_spec(document["spec"]),
         status=from_document(Status, document.get("status") or {}, "status"),
         document=document,
+        action=(metadata.get("annotations") or {}).get(ANNOTATION_ACTION, ""),
     )
 
 

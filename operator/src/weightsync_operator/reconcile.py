@@ -14,7 +14,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from weightsync_contract import logs
 from weightsync_contract.fleetview import FleetView
 from weightsync_contract.messages import Released
-from weightsync_operator.core.model import AgentView, Note, Plan, World
+from weightsync_operator.core.model import AgentView, Note, Plan, Probe, Verdict, World
 from weightsync_operator.core.spec import matches
 from weightsync_operator.documents import Stored, status_document
 from weightsync_operator.kube.api import Api
@@ -53,6 +53,8 @@ class _Known(Generic[M]):
     uid: str
     memory: M
     view: FleetView | None = None
+    verdict: Verdict | None = None
+    """What came of the last check that was asked for it."""
     listed_epoch: int = 0
     """Newest epoch whose pods were looked up in an authoritative LIST."""
 
@@ -72,6 +74,7 @@ class Reconciler(Generic[M]):
         valid: Callable[[], bool],
         record: Callable[[Stored, Note], None],
         clock: Callable[[], float] = time.monotonic,
+        ask: Callable[[Key, Probe], None] | None = None,
     ) -> None:
         self._api = api
         self._store = store
@@ -82,6 +85,7 @@ class Reconciler(Generic[M]):
         self._valid = valid
         self._record = record
         self._clock = clock
+        self._ask = ask
         self._known: dict[Key, _Known[M]] = {}
         self.leading_since = clock()
 
@@ -89,6 +93,12 @@ class Reconciler(Generic[M]):
         """The fleet at the last decision."""
         known = self._known.get(key)
         return known.view if known else None
+
+    def answered(self, key: Key, verdict: Verdict) -> None:
+        """Take what came of a check; the next pass sees it."""
+        known = self._known.get(key)
+        if known is not None:
+            known.verdict = verdict
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass; answers in how many seconds the next one is due if nothing changes.
@@ -101,7 +111,7 @@ class Reconciler(Generic[M]):
                 self._forget(key)
                 return None
             known = self._known_of(stored)
-            world = self._world(stored)
+            world = self._world(stored, known.verdict)
             plan, memory = self._decide(world, known.memory)
             if plan.stand_down:
                 raise StoodDownError(f"{key[0]}/{key[1]}: another leader holds a higher term")
@@ -116,6 +126,8 @@ class Reconciler(Generic[M]):
             self._send(plan)
             for note in plan.notes:
                 self._record(stored, note)
+            if plan.probe is not None and self._ask is not None:
+                self._ask(stored.key, plan.probe)
             known.memory, known.view = memory, plan.view
             self.release_unwanted(stored.ref.namespace)
             return plan.requeue_after
@@ -158,7 +170,7 @@ class Reconciler(Generic[M]):
             known = self._known[stored.key] = _Known(stored.ref.uid, self._new_memory())
         return known
 
-    def _world(self, stored: Stored) -> World:
+    def _world(self, stored: Stored, verdict: Verdict | None) -> World:
         pods = self._store.pods(stored.ref.namespace)
         spec = stored.spec
         labelled = [(pod, dict(pod.labels)) for pod in pods]
@@ -181,6 +193,8 @@ class Reconciler(Generic[M]):
             now=self._clock(),
             wall=datetime.now(UTC).isoformat(timespec="seconds")[:-6] + "Z",
             nonce=secrets.token_hex(_NONCE_BYTES),
+            action=stored.action,
+            verdict=verdict,
         )
 
     def _forget(self, key: Key) -> None:

@@ -72,8 +72,6 @@ def test_a_spec_is_read_whole() -> None:
 @pytest.mark.parametrize(
     ("part", "name"),
     [
-        ({"strategy": {"steps": [{"members": 1}]}}, "strategy.steps"),
-        ({"target": {"policy": "Pinned", "version": 1}}, "target.policy Pinned"),
         ({"dataPlane": {"type": "Engine"}}, "dataPlane.type Engine"),
         ({"dataPlane": {"staging": "Device"}}, "dataPlane.staging Device"),
         ({"dataPlane": {"staging": "Device"}, "transport": {"backend": "NCCL"}}, "transport.backend NCCL"),

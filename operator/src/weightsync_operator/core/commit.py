@@ -5,10 +5,12 @@ from weightsync_contract.reasons import FailureCode, Reason
 from weightsync_operator.core.blame import LASTING, REASON_OF_CODE
 from weightsync_operator.core.exclusion import exclude
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import ahead
 from weightsync_operator.core.limits import CRASHES, GRACE, RECONNECT
 from weightsync_operator.core.membership import Member, Standing
 from weightsync_operator.core.memory import Round, Step
-from weightsync_operator.core.outcome import fail, succeed
+from weightsync_operator.core.outcome import fail
+from weightsync_operator.core.waves import done
 
 
 def commit(facts: Facts, state: State) -> State | None:
@@ -30,8 +32,9 @@ def commit(facts: Facts, state: State) -> State | None:
         member = open_[0]
         why = "its agent's session is gone" if not member.connected else "it did not switch in time"
         return exclude(facts, state, member, Reason.COMMIT_TIMEOUT, f"{member.name}: {why}")
-    if any(member.serves(round_.target.version) for member in facts.scope(round_)):
-        return succeed(facts, state)
+    told = [member for member in facts.scope(round_) if not round_.waves or member.uid in round_.committed]
+    if any(member.serves(round_.target.version) for member in told):
+        return done(facts, state)
     return fail(facts, state, round_.reason, round_.message or "nobody is left who could switch to it")
 
 
@@ -42,7 +45,7 @@ def _open(facts: Facts, state: State, round_: Round) -> list[Member]:
         for member in facts.scope(round_)
         if member.uid in round_.committed
         and not member.serves(version)
-        and not member.beyond(version)
+        and not ahead(facts, state, member, version)
         and not state.memory.excluded(member.uid)
     ]
 
@@ -54,6 +57,7 @@ def _failed(facts: Facts, state: State, round_: Round, member: Member) -> State 
     if failure is not None and (member.uid, failure) in round_.stale:
         failure = None
     if serving.state is ServingState.FENCED:
+        state = state.change(fallen=(*round_.fallen, member.uid)) if round_.waves else state
         reason = REASON_OF_CODE.get(failure.code, Reason.FENCED) if failure else Reason.FENCED
         return exclude(facts, state, member, reason, f"{member.name}: {member.message or 'fenced'}")
     if serving.state is ServingState.APPLYING:

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable
 
-from weightsync_contract.reasons import Condition, Reason
+from weightsync_contract.messages import VersionId
+from weightsync_contract.reasons import Condition, Outcome, Reason
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import missing_pin, pinned, rejected
 from weightsync_operator.core.idle import behind, current_target, failed_before, is_behind, wanted
 from weightsync_operator.core.limits import NAMES
 from weightsync_operator.core.membership import HEALTH_OF_STANDING, Member, Standing, names, unguarded
-from weightsync_operator.core.memory import REASON_OF_STEP, Round
+from weightsync_operator.core.memory import REASON_OF_STEP, Parked, Round
 from weightsync_operator.core.model import ConditionStatus, InitialWeights
 from weightsync_operator.core.spec import describe
+from weightsync_operator.core.waves import down, size, wave_of, what_next
 
 Row = tuple[str, Reason, str]
 """Status, reason, message."""
@@ -70,6 +73,9 @@ def ready(facts: Facts, state: State) -> Row:
         return YES, Reason.NO_MEMBERS, f"no pod matches the inference selector {_selector(facts)}"
     version, round_ = state.current, state.round
     lacking = [member for member in everyone if not _served(state, member)]
+    parked = state.memory.parked
+    if parked is not None:
+        return NO if lacking else YES, Reason.ROLLING_OUT, _rolling(parked.round, lacking)
     if round_ is not None and not round_.catch_up:
         return NO if lacking else YES, Reason.ROLLING_OUT, _rolling(round_, lacking)
     if state.memory.failed is not None and _failing(facts, state):
@@ -89,7 +95,11 @@ def _served(state: State, member: Member) -> bool:
 def _failing(facts: Facts, state: State) -> bool:
     """Whether the last rollout failed and there is nothing else that could be tried."""
     latest = facts.source.latest
-    return state.memory.failed is not None and (latest is None or failed_before(facts, state, latest.version))
+    failed = state.memory.failed
+    if failed is None or rejected(state, failed.version):
+        # Given up: who has it is taken back, and the fleet is as it was.
+        return False
+    return latest is None or failed_before(facts, state, latest.version)
 
 
 def _rolling(round_: Round, lacking: list[Member]) -> str:
@@ -124,12 +134,19 @@ def _state(member: Member) -> str:
 
 def progressing(facts: Facts, state: State) -> Row:
     """What is being done, or why nothing is."""
-    round_ = state.round
+    round_, parked = state.round, state.memory.parked
+    if parked is not None:
+        return _between(facts, state, parked)
     if round_ is not None:
         return _under_way(facts, state, round_)
     failed = state.memory.failed
     if failed is not None and _failing(facts, state):
         return NO, failed.reason, f"{failed.version}: {failed.message}"
+    return _waiting(facts, state) or _at_rest(facts, state)
+
+
+def _waiting(facts: Facts, state: State) -> Row | None:
+    """What is to be moved, and what it waits for."""
     new, current = wanted(facts, state), current_target(facts, state)
     late = behind(facts, state, current) if current else []
     if facts.world.spec.paused and (new or late):
@@ -139,14 +156,76 @@ def progressing(facts: Facts, state: State) -> Row:
         return NO, Reason.NO_MEMBERS, "there is nobody to bring a version to"
     if new is not None:
         return YES, Reason.GROUPING, f"{new.version} waits for members and trainer to be ready"
+    return None
+
+
+def _at_rest(facts: Facts, state: State) -> Row:
+    """Why nothing is to be moved."""
+    missing = missing_pin(facts, state)
+    if missing is not None:
+        return NO, Reason.VERSION_NOT_RETAINED, _not_retained(facts, missing)
     if state.current is None:
         return NO, Reason.WAITING_FOR_FIRST_VERSION, "the trainer has not published yet"
+    latest = facts.source.latest
+    if pinned(facts, state) == state.current:
+        newest = f"; the newest is {latest.version}" if latest and latest.version != state.current else ""
+        return YES, Reason.COMPLETE, f"spec.target names {state.current}{newest}"
+    if latest is not None and latest.version != state.current and rejected(state, latest.version):
+        return _given_up(state, latest.version)
     return YES, Reason.COMPLETE, f"{state.current} is the newest version"
+
+
+def _not_retained(facts: Facts, version: VersionId) -> str:
+    trainer = facts.source.trainer
+    kept = ", ".join(str(each.version) for each in trainer.source.versions) if trainer else ""
+    return (
+        f"spec.target names {version}, of which the trainer keeps no copy (it keeps {kept or 'none'}): "
+        "publish it, name another version, or raise spec.trainer.retainedVersions before it is dropped"
+    )
+
+
+def _given_up(state: State, version: VersionId) -> Row:
+    last, failed = state.status.rollout, state.memory.failed
+    goes_on = (
+        f"{state.current} stays until a newer version is published, or somebody annotates retry@{version}"
+    )
+    if failed is not None and failed.version == version:
+        return NO, failed.reason, f"{version}: {failed.message}; {goes_on}"
+    aborted = last is not None and last.outcome is Outcome.ABORTED
+    reason = Reason.ABORTED if aborted else Reason.ROLLED_BACK
+    return NO, reason, f"{version} was given up; {goes_on}"
+
+
+def _between(facts: Facts, state: State, parked: Parked) -> Row:
+    """Between two waves of a rollout."""
+    round_ = parked.round
+    version, scope = round_.target.version, facts.scope(round_)
+    count = sum(member.serves(version) for member in scope)
+    what = f"{version} is served by {count} of {len(scope)} members, step {round_.wave + 1} of "
+    what += f"{len(round_.waves)}; {what_next(parked)}"
+    out = down(facts, round_)
+    if out:
+        what += f"; {names(out)} served it and restarted"
+    newest = wanted(facts, state)
+    if newest is not None and newest.version != version:
+        what += f"; {newest.version} waits for its end"
+    wave = wave_of(parked)
+    if facts.world.spec.paused:
+        return NO, Reason.PAUSED, f"{what}; and not before spec.paused is false"
+    if parked.failed:
+        return NO, Reason.CHECK_FAILED, what
+    if parked.check_began is not None and not parked.passed:
+        return YES, Reason.CANARY_CHECKING, what
+    by_hand = wave.pause is not None and wave.pause.seconds is None
+    return NO if by_hand else YES, Reason.CANARY_PAUSED, what
 
 
 def _under_way(facts: Facts, state: State, round_: Round) -> Row:
     version, scope = round_.target.version, facts.scope(round_)
     what = f"{version} goes to {names(scope)}"
+    if round_.waves:
+        step = min(round_.wave, len(round_.waves)) + 1
+        what += f", {size(facts, round_)} of them by step {step} of {len(round_.waves) + 1}"
     out = [member for member in scope if state.memory.excluded(member.uid)]
     if out:
         what += f"; left out: {_some(why(facts, state, member) for member in out)}"
@@ -166,6 +245,9 @@ def source(facts: Facts, state: State) -> Row:
     if needy and current and seen.usable and seen.retains(current.version) is None:
         message = f"{names(needy)} need {current.version}, of which the trainer keeps no copy: publish again"
         return NO, Reason.VERSION_NOT_RETAINED, message
+    missing = missing_pin(facts, state)
+    if missing is not None:
+        return NO, Reason.VERSION_NOT_RETAINED, _not_retained(facts, missing)
     return YES if seen.reason is Reason.CONNECTED else NO, seen.reason, seen.message
 
 

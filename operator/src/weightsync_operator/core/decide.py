@@ -9,15 +9,17 @@ from dataclasses import replace
 
 from weightsync_contract.reasons import Reason
 from weightsync_operator.core import takeover
+from weightsync_operator.core.actions import act
 from weightsync_operator.core.conditions import merge, unsupported, waiting_for_roster
 from weightsync_operator.core.desired import desired
 from weightsync_operator.core.facts import Facts, State, read
 from weightsync_operator.core.limits import QUIET
 from weightsync_operator.core.memory import Memory
-from weightsync_operator.core.model import Plan, World
+from weightsync_operator.core.model import Plan, Status, World
 from weightsync_operator.core.report import fleet_view, noted, view, written
 from weightsync_operator.core.rules import settle
 from weightsync_operator.core.wake import requeue_after
+from weightsync_operator.core.waves import probe
 
 
 def decide(world: World, memory: Memory) -> tuple[Plan, Memory]:
@@ -26,9 +28,9 @@ def decide(world: World, memory: Memory) -> tuple[Plan, Memory]:
         return Plan(world.status, stand_down=True), memory
     term = takeover.term_to_write(world, memory)
     if term is not None:
-        plan = Plan(replace(world.status, term=term), requeue_after=0.0)
+        plan = Plan(replace(_unwiped(world, memory), term=term), requeue_after=0.0)
         return plan, replace(memory, term=term)
-    facts, state = read(world, memory), State(memory, world.status)
+    facts, state = read(world, memory), State(memory, _unwiped(world, memory))
     if not memory.adopted:
         absent = takeover.missing(world)
         deadline = world.leading_since + world.spec.timeouts.join
@@ -37,15 +39,25 @@ def decide(world: World, memory: Memory) -> tuple[Plan, Memory]:
         state = takeover.adopt(facts, state)
     if world.spec.unsupported:
         return _unsupported(facts, state)
-    state = written(facts, noted(facts, settle(facts, state)))
+    state = written(facts, noted(facts, settle(facts, act(facts, state))))
     plan = Plan(
         status=state.status,
         desired=desired(facts, state),
         notes=state.notes,
         requeue_after=requeue_after(facts, state),
+        probe=probe(facts, state),
         view=view(facts, state),
     )
-    return plan, state.memory
+    return plan, replace(state.memory, kept=state.status)
+
+
+def _unwiped(world: World, memory: Memory) -> Status:
+    """The status; what somebody wiped of it while we lead is put back, since it is known."""
+    status, kept = world.status, memory.kept
+    wiped = status.current is None and status.rollout is None and status.group is None
+    if kept is None or not wiped or not memory.adopted:
+        return status
+    return replace(kept, term=status.term)
 
 
 def _wait_for_roster(facts: Facts, state: State, absent: list[str], deadline: float) -> Plan:

@@ -13,15 +13,22 @@ from weightsync_contract.messages import (
 )
 from weightsync_contract.reasons import Outcome, Reason, Role
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import pinned, rejected
 from weightsync_operator.core.idle import current_target
 from weightsync_operator.core.membership import Member
 from weightsync_operator.core.memory import REASON_OF_STEP, Epoch, Step
 from weightsync_operator.core.model import InitialWeights, Participant, VersionTarget
+from weightsync_operator.core.waves import what_next
 
 _PHASE = {
     Step.CHECKING: Phase.CHECK,
     Step.TRANSFERRING: Phase.TRANSFER,
     Step.COMMITTING: Phase.TRANSFER,
+}
+_REASONS = {
+    Outcome.SUCCEEDED: Reason.COMPLETE,
+    Outcome.SUPERSEDED: Reason.SUPERSEDED,
+    Outcome.ABORTED: Reason.ABORTED,
 }
 _TIMED = (Step.LISTENING, Step.JOINING, Step.CHECKING, Step.TRANSFERRING)
 
@@ -81,6 +88,9 @@ def _member_wanted(facts: Facts, state: State, member: Member) -> Wanted | None:
         if inside and round_.step in _PHASE and not state.memory.excluded(member.uid):
             return _wanted(round_.target, _PHASE[round_.step])
         return None
+    parked = state.memory.parked
+    if parked is not None and member.holds(parked.round.target, facts.verify):
+        return _wanted(parked.round.target, Phase.TRANSFER)
     current = current_target(facts, state)
     if current is None or inside or not member.holds(current, facts.verify):
         return None
@@ -125,8 +135,20 @@ def _base(
         timeouts=timeouts,
         remaining_ms=left,
         retained_versions=world.spec.retained_versions,
+        keep=_keep(facts, state) if uid == facts.source.uid else (),
         fleet=told,
     )
+
+
+def _keep(facts: Facts, state: State) -> tuple[VersionId, ...]:
+    """What somebody is still to get, though it may have become an old version by then."""
+    round_, parked, pin = state.round, state.memory.parked, pinned(facts, state)
+    found = (
+        round_.target.version if round_ else None,
+        parked.round.target.version if parked else None,
+        pin if facts.world.spec.pin else None,
+    )
+    return tuple(dict.fromkeys(each for each in found if each is not None))
 
 
 def _group(epoch: Epoch, place: Participant) -> Group | None:
@@ -158,21 +180,28 @@ def _rollout(state: State) -> Rollout | None:
     round_, failed, last = state.round, state.memory.failed, state.status.rollout
     if round_ is not None and not round_.catch_up:
         return Rollout(round_.target.version, Outcome.IN_PROGRESS, REASON_OF_STEP[round_.step])
+    if state.memory.parked is not None:
+        parked = state.memory.parked
+        return Rollout(
+            parked.round.target.version, Outcome.IN_PROGRESS, Reason.CANARY_PAUSED, what_next(parked)
+        )
     if last is None:
         return None
     version = VersionId(last.run, last.version)
     if last.outcome is Outcome.FAILED and failed is not None and failed.version == version:
         return Rollout(version, Outcome.FAILED, failed.reason, failed.message)
-    reason = Reason.COMPLETE if last.outcome is Outcome.SUCCEEDED else Reason.DEGRADED
-    return Rollout(version, last.outcome, reason)
+    return Rollout(version, last.outcome, _REASONS.get(last.outcome, Reason.DEGRADED))
 
 
 def reference(state: State) -> VersionId | None:
     """What members are counted against: the version being rolled out, or that failed, or the current one."""
     if state.round is not None and not state.round.catch_up:
         return state.round.target.version
-    if state.memory.failed is not None:
-        return state.memory.failed.version
+    if state.memory.parked is not None:
+        return state.memory.parked.round.target.version
+    failed = state.memory.failed
+    if failed is not None and not rejected(state, failed.version):
+        return failed.version
     return state.current
 
 

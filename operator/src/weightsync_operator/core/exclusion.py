@@ -6,6 +6,7 @@ from math import inf
 from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import Reason
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import at_home
 from weightsync_operator.core.limits import BACKOFF, BACKOFF_LIMIT, TRIES
 from weightsync_operator.core.membership import Member
 from weightsync_operator.core.memory import Exclusion
@@ -86,7 +87,7 @@ def _over(facts: Facts, state: State, exclusion: Exclusion) -> bool:
     wanted = state.round.target.version if state.round else None
     if wanted is not None and exclusion.uid in (state.round.scope if state.round else ()):
         return member.serves(wanted)
-    return any(member.serves(version) for version in state.memory.allowed)
+    return at_home(facts, state, member)
 
 
 def left_out(facts: Facts, state: State) -> list[Member]:
@@ -98,4 +99,9 @@ def left_out(facts: Facts, state: State) -> list[Member]:
 def too_many(facts: Facts, state: State) -> bool:
     """Whether a rollout has lost more members than it may. A catch-up can't: nobody serves less for it."""
     assert state.round is not None
-    return not state.round.catch_up and len(left_out(facts, state)) > facts.limit
+    out = {member.uid for member in left_out(facts, state)}
+    version = state.round.target.version
+    out |= {
+        uid for uid in state.round.fallen if uid in facts.members and not facts.members[uid].serves(version)
+    }
+    return not state.round.catch_up and len(out) > facts.limit

@@ -5,14 +5,15 @@ A round comes back to it whenever an epoch was lost, and when there is nothing l
 
 from dataclasses import dataclass, field
 
-from weightsync_contract.reasons import Reason
-from weightsync_operator.core import group
+from weightsync_contract.reasons import Outcome, Reason
+from weightsync_operator.core import group, waves
 from weightsync_operator.core.exclusion import exclude, left_out, open_to, readmit
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import ahead
 from weightsync_operator.core.limits import GRACE, RECONNECT
 from weightsync_operator.core.membership import Member, Standing, absent_since, names
 from weightsync_operator.core.memory import Round, Step
-from weightsync_operator.core.outcome import enter, fail, succeed
+from weightsync_operator.core.outcome import enter, fail, status_of
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ def muster(facts: Facts, state: State, round_: Round) -> Muster:
 
 def _place(facts: Facts, state: State, round_: Round, member: Member, found: Muster) -> None:
     target = round_.target
-    if member.has(target.version) or member.beyond(target.version):
+    if member.has(target.version) or ahead(facts, state, member, target.version):
         found.serving.append(member)
     elif not open_to(facts, state, member, target.version):
         exclusion = state.memory.exclusion(member.uid)
@@ -69,6 +70,8 @@ def gather(facts: Facts, state: State) -> State | None:
     if round_ is None or round_.step is not Step.GATHERING:
         return None
     found = muster(facts, state, round_)
+    if round_.wave < len(round_.waves) and len(found.serving) >= waves.size(facts, round_):
+        return None if facts.world.spec.paused else waves.done(facts, state)
     if found.unfit:
         member = found.unfit[0]
         reason = Reason.FENCED if member.standing is Standing.FENCED else Reason.AGENT_MISSING
@@ -83,9 +86,10 @@ def gather(facts: Facts, state: State) -> State | None:
     if found.need:
         return _need(facts, state, round_, found)
     if found.holding:
-        return _commit(facts, state, found)
+        chosen = waves.chosen(facts, round_, found.serving, found.holding)
+        return _commit(facts, state, chosen) if chosen else waves.done(facts, state)
     if found.serving and len(found.serving) + len(left_out(facts, state)) >= len(facts.scope(round_)):
-        return succeed(facts, state)
+        return waves.done(facts, state)
     if found.waiting:
         return None
     return fail(facts, state, round_.reason, round_.message or "nobody is left to bring it to")
@@ -142,16 +146,21 @@ def _no_copy(facts: Facts, state: State, round_: Round, found: Muster) -> State 
     return state
 
 
-def _commit(facts: Facts, state: State, found: Muster) -> State:
+def _commit(facts: Facts, state: State, chosen: list[Member]) -> State:
     assert state.round is not None
-    uids = {member.uid for member in found.holding}
+    uids = {member.uid for member in chosen}
     state = readmit(state, uids)
     state = enter(facts, state, Step.COMMITTING, facts.world.spec.timeouts.commit)
-    return state.change(
+    state = state.change(
         frozen=True,
-        committed=tuple(member.uid for member in found.holding),
-        stale=tuple((member.uid, member.serving.failure) for member in found.holding),
+        committed=tuple(member.uid for member in chosen),
+        stale=tuple((member.uid, member.serving.failure) for member in chosen),
     )
+    assert state.round is not None
+    if state.round.waves or state.round.back:
+        # Before the first of them is told: the next leader goes on from here, and no further.
+        state = state.write(rollout=status_of(state.round, Outcome.IN_PROGRESS))
+    return state
 
 
 def regroup(facts: Facts, state: State) -> State:

@@ -4,6 +4,7 @@ from weightsync_contract.messages import VersionId
 from weightsync_operator.core import group
 from weightsync_operator.core.exclusion import open_to
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import ahead, goal, goes_back, retreats
 from weightsync_operator.core.limits import BATCH, RECONNECT
 from weightsync_operator.core.membership import Member, Standing, established
 from weightsync_operator.core.model import VersionTarget
@@ -31,21 +32,28 @@ def failed_before(facts: Facts, state: State, version: VersionId) -> bool:
 
 def wanted(facts: Facts, state: State) -> VersionTarget | None:
     """A version that the fleet is to be brought to, and is not at."""
-    latest = facts.source.latest
-    if latest is None or not state.after(latest.version):
+    asked = goal(facts, state)
+    if asked is None or asked.version == state.current:
         return None
-    return None if failed_before(facts, state, latest.version) else target(latest)
+    if facts.world.spec.pin is None and not state.after(asked.version):
+        return None
+    return None if failed_before(facts, state, asked.version) else asked
 
 
 def start_rollout(facts: Facts, state: State) -> State | None:
     """A new version: to all that can take it or that would be withheld without it."""
     new = wanted(facts, state)
-    if state.round is not None or new is None or facts.world.spec.paused or not facts.source.usable:
+    if state.round is not None or state.memory.parked is not None:
+        return None
+    if new is None or facts.world.spec.paused or not facts.source.usable:
         return None
     scope = [member for member in facts.members.values() if _concerned(facts, state, member, new)]
     if not any(member.connected for member in scope):
         return None
     if coming(facts):
+        return None
+    if in_waves(facts, state, new) and _catchable(facts, state):
+        # A wave may stand for hours: who serves nothing gets the current version first.
         return None
     if not any(established(member) for member in scope) and _delayed(facts, state):
         return _wait(facts, state)
@@ -57,17 +65,31 @@ def start_catch_up(facts: Facts, state: State) -> State | None:
     current = current_target(facts, state)
     if state.round is not None or current is None or facts.world.spec.paused:
         return None
-    if wanted(facts, state) is not None and facts.source.usable:
+    new = wanted(facts, state)
+    soon = new is not None and state.memory.parked is None and not in_waves(facts, state, new)
+    if soon and facts.source.usable:
         # A rollout is about to begin; it brings them more.
         return None
-    needy = behind(facts, state, current)
-    if facts.source.retains(current.version) is None:
-        needy = [member for member in needy if member.holds(current, facts.verify)]
+    needy = _catchable(facts, state)
     if not needy or coming(facts):
         return None
     if _delayed(facts, state) and not all(member.holds(current, facts.verify) for member in needy):
         return _wait(facts, state)
     return begin(facts, state, current, needy, catch_up=True)
+
+
+def in_waves(facts: Facts, state: State, new: VersionTarget) -> bool:
+    """Whether a rollout of it would go in waves."""
+    return bool(facts.world.spec.waves) and state.current is not None and not goes_back(state, new.version)
+
+
+def _catchable(facts: Facts, state: State) -> list[Member]:
+    """Members that need the current version and can have it."""
+    current = current_target(facts, state)
+    needy = behind(facts, state, current) if current else []
+    if current and facts.source.retains(current.version) is None:
+        return [member for member in needy if member.holds(current, facts.verify)]
+    return needy
 
 
 def current_target(facts: Facts, state: State) -> VersionTarget | None:
@@ -87,9 +109,11 @@ def behind(facts: Facts, state: State, current: VersionTarget) -> list[Member]:
 
 def is_behind(facts: Facts, state: State, member: Member, current: VersionTarget) -> bool:
     """Whether a member could serve the current version and serves nothing that is allowed."""
+    if member.standing is Standing.READY and retreats(facts, state, member):
+        return open_to(facts, state, member, current.version)
     return (
         member.standing is Standing.READY
-        and not member.beyond(current.version)
+        and not ahead(facts, state, member, current.version)
         and not any(member.has(version) or member.applies(version) for version in state.memory.allowed)
         and open_to(facts, state, member, current.version)
     )

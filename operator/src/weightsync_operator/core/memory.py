@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from weightsync_contract.messages import Failure, Timeouts, Transport, VersionId
 from weightsync_contract.reasons import Reason
-from weightsync_operator.core.model import Participant, VersionTarget
+from weightsync_operator.core.model import Participant, Status, VersionTarget, Wave
 
 
 class Step(StrEnum):
@@ -91,6 +91,36 @@ class Round:
     reason: Reason = Reason.TRANSFER_FAILED
     """Why somebody was last excluded or an epoch lost: what the round fails with, if it does."""
     message: str = ""
+    back: bool = False
+    """Spec or action asked for a version that is not later than the current one: members may be taken back."""
+    waves: tuple[Wave, ...] = ()
+    """The strategy that counts until the next wave begins; empty: all members at once."""
+    wave: int = 0
+    """The wave, from 0, that is under way; beyond ``waves``: the last one, of all the rest."""
+    reached: tuple[str, ...] = ()
+    """Uids of members that served the target at the end of a wave."""
+    fallen: tuple[str, ...] = ()
+    """Uids of those of them that lost it since, and of those that were fenced when they switched to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A rollout between two waves: nothing is moved for it, and late members are caught up meanwhile."""
+
+    round: Round
+    since: float
+    since_wall: str
+    asked: int = 0
+    """Checks that were asked and answered."""
+    ask_at: float = 0.0
+    """When the next one is due."""
+    check_began: float | None = None
+    passed: bool = False
+    failed: bool = False
+    """The check did not pass in time: only a promotion, a retry or an abort goes on from here."""
+    verdict: str = ""
+    """What the last check saw."""
+    verdict_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +165,8 @@ class Memory:
     """The group that is open now."""
     highest_epoch: int = 0
     round: Round | None = None
+    parked: Parked | None = None
+    """A rollout in waves that is paused; a catch-up may be under way beside it."""
     allowed: tuple[VersionId, ...] = ()
     """Versions that members may serve."""
     exclusions: tuple[Exclusion, ...] = ()
@@ -147,6 +179,10 @@ class Memory:
     """What of the present round the status shows."""
     shown_at: float = 0.0
     """When the status was last written."""
+    kept: Status | None = None
+    """The status as last decided: what to put back if it is wiped from outside."""
+    action: str = ""
+    """The last action that was answered."""
 
     def exclusion(self, uid: str) -> Exclusion | None:
         """The member's, active or not."""

@@ -45,6 +45,69 @@ class Selector:
     requirements: tuple[Requirement, ...] = ()
 
 
+class OnFailure(StrEnum):
+    """What becomes of members that have a version whose rollout failed."""
+
+    HOLD = "Hold"
+    ROLLBACK = "Rollback"
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """After a wave; ``seconds`` None: until somebody promotes."""
+
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HttpCheck:
+    """A GET that must answer with a status and, if ``path`` is given, with a value in its JSON."""
+
+    url: str
+    status: int = 200
+    path: str = ""
+    """Keys and list indexes joined by dots."""
+    equals: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrometheusCheck:
+    """An instant query, each of whose samples must be within the bounds; no sample is no pass."""
+
+    address: str
+    query: str
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What must hold before the next wave; exactly one of ``http`` and ``prometheus``. Seconds."""
+
+    http: HttpCheck | None = None
+    prometheus: PrometheusCheck | None = None
+    interval: float = 10.0
+    deadline: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """One step of the strategy: how many members serve the version at its end, and what holds the next one."""
+
+    members: str
+    """A count or a percentage of the members, as given."""
+    pause: Pause | None = None
+    check: Check | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The version that the spec names; without a run, the one of the fleet's present run."""
+
+    version: int
+    run: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A WeightSync's spec, with units resolved. ``unsupported``: fields that a later release will have."""
@@ -61,6 +124,9 @@ class Spec:
     timeouts: Timeouts = field(default_factory=Timeouts)
     progress_seconds: float = 900.0
     paused: bool = False
+    waves: tuple[Wave, ...] = ()
+    on_failure: OnFailure = OnFailure.HOLD
+    pin: Pin | None = None
     unsupported: tuple[str, ...] = ()
 
 
@@ -103,6 +169,18 @@ class RolloutStatus:
     version: int
     outcome: Outcome
     start_time: str = ""
+    step_index: int | None = None
+    """In waves: the step, from 0, that is under way or that it is paused after."""
+    pause_time: str = ""
+    """Since when it is paused after that step."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedStatus:
+    """Versions of this run up to this one are not brought by themselves: somebody rolled back from them."""
+
+    run: str
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +215,7 @@ class Status:
     current: CurrentVersion | None = None
     previous: CurrentVersion | None = None
     rollout: RolloutStatus | None = None
+    rejected: tuple[RejectedStatus, ...] = ()
     group: GroupStatus | None = None
     synced: str = ""
     members: MemberCounts = field(default_factory=MemberCounts)
@@ -144,6 +223,23 @@ class Status:
 
 
 # ---------------------------------------------------------------------------- the world
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A check that is to be asked once; the same key is the same question."""
+
+    key: str
+    check: Check
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a probe. ``message`` says what was seen, also when it passed."""
+
+    key: str
+    passed: bool
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +291,10 @@ class World:
     """The wall clock as RFC 3339, only ever written into the status for people to read."""
     nonce: str
     """Fresh randomness for an epoch, should one begin now."""
+    action: str = ""
+    """The annotation weightsync.dev/action."""
+    verdict: Verdict | None = None
+    """Of the last probe that was answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +322,8 @@ class Plan:
     notes: tuple[Note, ...] = ()
     requeue_after: float | None = None
     """Seconds until decide must run again even if nothing is observed to change."""
+    probe: Probe | None = None
+    """To be asked, unless it is being asked or was answered."""
     stand_down: bool = False
     """Another leader holds a higher term: send nothing and exit."""
     view: FleetView | None = None

@@ -4,9 +4,16 @@ from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import Outcome, Reason
 from weightsync_operator.core.exclusion import exclude, forgive, readmit
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import goes_back, reject
 from weightsync_operator.core.membership import Member
 from weightsync_operator.core.memory import FailedRollout, Round, Step
-from weightsync_operator.core.model import CurrentVersion, RolloutStatus, SourceStatus, VersionTarget
+from weightsync_operator.core.model import (
+    CurrentVersion,
+    OnFailure,
+    RolloutStatus,
+    SourceStatus,
+    VersionTarget,
+)
 
 
 def begin(
@@ -16,9 +23,13 @@ def begin(
     scope: list[Member],
     catch_up: bool,
     frozen: bool = False,
+    wave: int = 0,
+    back: bool = False,
 ) -> State:
-    """Start to bring ``target`` to ``scope``."""
+    """Start to bring ``target`` to ``scope``: in waves, unless there is nothing to compare with, or it goes back."""
     now, spec = facts.now, facts.world.spec
+    back = back or (not catch_up and goes_back(state, target.version))
+    at_once = catch_up or back or state.current is None
     round_ = Round(
         target,
         tuple(member.uid for member in scope),
@@ -31,6 +42,9 @@ def begin(
         now + spec.timeouts.join,
         frozen,
         paused_at=now if spec.paused else None,
+        back=back,
+        waves=() if at_once else spec.waves,
+        wave=wave,
     )
     allowed = state.memory.allowed
     if not catch_up and target.version not in allowed:
@@ -67,8 +81,10 @@ def succeed(facts: Facts, state: State) -> State:
     state = state.write(
         current=current,
         previous=state.status.previous if same else before,
-        rollout=_status(round_, Outcome.SUCCEEDED),
+        rollout=status_of(round_, Outcome.SUCCEEDED),
     )
+    if not round_.back:
+        state = state.write(rejected=())
     state = follow(facts, state, version.run).remember(round=None, allowed=(version,), failed=None)
     left = len(round_.scope) - serving
     missing = f"; {left} left out" if left > 0 else ""
@@ -90,7 +106,9 @@ def fail(facts: Facts, state: State, reason: Reason, message: str) -> State:
                 state = exclude(facts, state, member, reason, f"{member.name}: {message}")
         return state.remember(round=None, epoch=None)
     failed = FailedRollout(version, reason, message, facts.world.generation, tuple(sorted(facts.members)))
-    state = state.write(rollout=_status(round_, Outcome.FAILED))
+    state = state.write(rollout=status_of(round_, Outcome.FAILED))
+    if facts.world.spec.on_failure is OnFailure.ROLLBACK and state.current and not round_.back:
+        state = reject(state, version)
     state = forgive(facts, state.remember(round=None, failed=failed))
     begun = any(member.has(version) or member.applies(version) for member in facts.members.values())
     if round_.step is not Step.COMMITTING and not begun:
@@ -99,6 +117,19 @@ def fail(facts: Facts, state: State, reason: Reason, message: str) -> State:
     if round_.step is not Step.COMMITTING:
         state = state.remember(epoch=None)
     return state.note(reason, f"the rollout of {version} failed: {message}", warning=True)
+
+
+def end(facts: Facts, state: State, outcome: Outcome, reason: Reason, why: str) -> State:
+    """A rollout that somebody or something ended. Who has its version goes on serving it until it is taken from
+    them; nobody else is told to switch to it."""
+    round_ = state.round
+    assert round_ is not None
+    version = round_.target.version
+    state = forgive(facts, state.write(rollout=status_of(round_, outcome)).remember(round=None))
+    begun = any(member.has(version) or member.applies(version) for member in facts.members.values())
+    if not begun and round_.step is not Step.COMMITTING and version != state.current:
+        state = state.remember(allowed=tuple(each for each in state.memory.allowed if each != version))
+    return state.note(reason, f"the rollout of {version} has ended: {why}")
 
 
 def drop(state: State) -> State:
@@ -112,6 +143,8 @@ def _serving(facts: Facts, round_: Round) -> int:
     )
 
 
-def _status(round_: Round, outcome: Outcome) -> RolloutStatus:
+def status_of(round_: Round, outcome: Outcome) -> RolloutStatus:
+    """The rollout as the status holds it."""
     version: VersionId = round_.target.version
-    return RolloutStatus(version.run, version.version, outcome, round_.began_wall)
+    step = min(round_.wave, len(round_.waves)) if round_.waves else None
+    return RolloutStatus(version.run, version.version, outcome, round_.began_wall, step)

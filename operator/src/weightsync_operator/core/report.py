@@ -14,7 +14,8 @@ from weightsync_operator.core.desired import reference, synced
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.limits import QUIET
 from weightsync_operator.core.membership import Standing
-from weightsync_operator.core.model import MemberCounts, RolloutStatus, Status
+from weightsync_operator.core.model import MemberCounts, Status
+from weightsync_operator.core.outcome import status_of
 
 
 def written(facts: Facts, state: State) -> State:
@@ -26,9 +27,7 @@ def written(facts: Facts, state: State) -> State:
     if key == state.memory.shown or facts.now < round_.step_began + QUIET:
         return state
     if not round_.catch_up:
-        version = round_.target.version
-        rollout = RolloutStatus(version.run, version.version, Outcome.IN_PROGRESS, round_.began_wall)
-        state = state.write(rollout=rollout)
+        state = state.write(rollout=status_of(round_, Outcome.IN_PROGRESS))
     return replace(state.remember(shown=key, shown_at=facts.now), status=_full(facts, state))
 
 
@@ -37,7 +36,14 @@ def _key(state: State) -> tuple[str, ...]:
     assert round_ is not None
     number = str(epoch.number) if epoch else ""
     paused = "paused" if round_.paused_at is not None else ""
-    return (round_.step, str(round_.target.version), number, paused, *sorted(state.active_exclusions()))
+    return (
+        round_.step,
+        str(round_.wave),
+        str(round_.target.version),
+        number,
+        paused,
+        *sorted(state.active_exclusions()),
+    )
 
 
 def _idle(facts: Facts, state: State) -> State:
@@ -145,7 +151,8 @@ def fleet_view(facts: Facts, state: State, reason: Reason, message: str) -> Flee
                 message=why(facts, state, member),
             )
         )
-    target: VersionId | None = state.round.target.version if state.round else reference(state)
+    round_ = state.round
+    target: VersionId | None = round_.target.version if round_ else reference(state)
     return FleetView(
         world.ref.namespace,
         world.ref.name,

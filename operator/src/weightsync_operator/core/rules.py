@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import Final
 
+from weightsync_contract.reasons import Outcome, Reason
 from weightsync_operator.core.commit import commit
 from weightsync_operator.core.exclusion import forgive, too_many
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.gather import gather
-from weightsync_operator.core.idle import close_lost, failed_before, start_catch_up, start_rollout
+from weightsync_operator.core.goal import forget_versions, goes_back
+from weightsync_operator.core.idle import close_lost, in_waves, start_catch_up, start_rollout, wanted
 from weightsync_operator.core.memory import REASON_OF_STEP, Round, Step
-from weightsync_operator.core.outcome import drop, fail
-from weightsync_operator.core.source import target
+from weightsync_operator.core.outcome import drop, end, fail, status_of
 from weightsync_operator.core.steps import (
     broken,
     checked,
@@ -21,6 +22,15 @@ from weightsync_operator.core.steps import (
     transferred,
 )
 from weightsync_operator.core.takeover import go_forward
+from weightsync_operator.core.waves import (
+    canary_died,
+    checking,
+    fallen,
+    heard,
+    parked_deserted,
+    pin_moved,
+    resume,
+)
 
 Rule = Callable[[Facts, State], State | None]
 
@@ -38,7 +48,9 @@ def deserted(facts: Facts, state: State) -> State | None:
     """A round whose members have all left is over."""
     if state.round is None or facts.scope(state.round):
         return None
-    return drop(state)
+    if state.round.catch_up:
+        return drop(state)
+    return end(facts, state, Outcome.ABORTED, Reason.ABORTED, "all its members have left")
 
 
 def paused(facts: Facts, state: State) -> State | None:
@@ -55,18 +67,28 @@ def paused(facts: Facts, state: State) -> State | None:
 
 def superseded(facts: Facts, state: State) -> State | None:
     """Until its transfer begins, a newer version takes the place of the target."""
-    round_, latest = state.round, facts.source.latest
-    if round_ is None or latest is None or latest.version == round_.target.version:
+    round_, new = state.round, wanted(facts, state)
+    if round_ is None or new is None or new.version == round_.target.version:
         return None
-    if not state.after(latest.version) or failed_before(facts, state, latest.version):
-        return None
-    if not _open_to_change(facts, round_):
+    asked_back = round_.back and facts.world.spec.pin is None
+    if asked_back or state.memory.parked is not None or not _open_to_change(facts, round_):
         return None
     if round_.catch_up:
-        return drop(state)
-    kept = tuple(each for each in state.memory.allowed if each != round_.target.version)
-    return state.remember(allowed=(*kept, latest.version)).change(
-        target=target(latest), progress_deadline=facts.now + facts.world.spec.progress_seconds, frozen=False
+        # Who serves nothing gets the current version before a rollout in waves begins.
+        return None if in_waves(facts, state, new) else drop(state)
+    old = round_.target.version
+    written = state.status.rollout
+    if written is not None and (written.run, written.version) == (old.run, old.version):
+        state = state.write(rollout=status_of(round_, Outcome.SUPERSEDED))
+        state = state.note(Reason.SUPERSEDED, f"{old} gives way to {new.version} before it was transferred")
+    kept = tuple(each for each in state.memory.allowed if each != old)
+    back = goes_back(state, new.version)
+    return state.remember(allowed=(*kept, new.version)).change(
+        target=new,
+        progress_deadline=facts.now + facts.world.spec.progress_seconds,
+        frozen=False,
+        back=back,
+        waves=() if back else round_.waves,
     )
 
 
@@ -111,6 +133,7 @@ RULES: Final[tuple[Rule, ...]] = (
     forgiven,
     deserted,
     paused,
+    fallen,
     superseded,
     out_of_members,
     out_of_time,
@@ -124,6 +147,13 @@ RULES: Final[tuple[Rule, ...]] = (
     gather,
     commit,
     close_lost,
+    parked_deserted,
+    pin_moved,
+    heard,
+    canary_died,
+    checking,
+    resume,
+    forget_versions,
     go_forward,
     start_rollout,
     start_catch_up,

@@ -6,7 +6,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 from weightsync_contract.messages import InFlight, Mode, Timeouts, Transport
-from weightsync_operator.core.model import InitialWeights, Requirement, Selector, Spec
+from weightsync_operator.core.model import InitialWeights, OnFailure, Pin, Requirement, Selector, Spec
+from weightsync_operator.core.strategy import COUNT, parse_waves
 
 PLANNED: Final = "planned for 0.2"
 
@@ -58,15 +59,16 @@ def _parse(document: Mapping[str, Any]) -> Spec:
         ),
         progress_seconds=float(timeouts.get("progressSeconds", 900)),
         paused=bool(document.get("paused", False)),
+        waves=parse_waves(strategy.get("steps") or ()),
+        on_failure=OnFailure(strategy.get("onFailure", OnFailure.HOLD)),
+        pin=_pin(_section(document, "target")),
         unsupported=unsupported(document),
     )
 
 
 def unsupported(document: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields whose work comes with a later release, each with what it asks for."""
-    plane, strategy, transport, target = (
-        _section(document, key) for key in ("dataPlane", "strategy", "transport", "target")
-    )
+    plane, transport = (_section(document, key) for key in ("dataPlane", "transport"))
     found = []
     if plane.get("type", "Sidecar") != "Sidecar":
         found.append(f"dataPlane.type {plane['type']} ({PLANNED})")
@@ -76,10 +78,6 @@ def unsupported(document: Mapping[str, Any]) -> tuple[str, ...]:
         found.append(f"transport.backend {transport['backend']} ({PLANNED})")
     if transport.get("mode", "Packed") != "Packed":
         found.append(f"transport.mode {transport['mode']} ({PLANNED})")
-    if strategy.get("steps"):
-        found.append(f"strategy.steps ({PLANNED})")
-    if target.get("policy", "Latest") != "Latest":
-        found.append(f"target.policy {target['policy']} ({PLANNED})")
     return tuple(found)
 
 
@@ -87,9 +85,15 @@ def _section(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return document.get(key) or {}
 
 
+def _pin(target: Mapping[str, Any]) -> Pin | None:
+    if target.get("policy", "Latest") != "Pinned":
+        return None
+    return Pin(int(target["version"]), str(target.get("run", "")))
+
+
 def _max_unavailable(value: Any) -> str:
     text = str(value)
-    if not re.fullmatch(r"\d+|(100|[1-9]?[0-9])%", text):
+    if not COUNT.fullmatch(text):
         raise SpecError(
             f"spec.strategy.maxUnavailable: {value!r} is neither a count nor a percentage such as 25%"
         )

@@ -5,12 +5,15 @@ from collections import Counter
 from weightsync_contract.messages import TransferState, VersionId
 from weightsync_contract.reasons import Outcome, Reason
 from weightsync_operator.core import group
+from weightsync_operator.core.actions import refuse_unknown
 from weightsync_operator.core.facts import Facts, State
+from weightsync_operator.core.goal import pinned, rejected
 from weightsync_operator.core.membership import Member, Standing, established
 from weightsync_operator.core.memory import FailedRollout, Memory
 from weightsync_operator.core.model import CurrentVersion, VersionTarget, World
 from weightsync_operator.core.outcome import begin
 from weightsync_operator.core.source import target
+from weightsync_operator.core.waves import park_again
 
 IN_HAND = (TransferState.RECEIVING, TransferState.STAGED)
 
@@ -40,12 +43,32 @@ def missing(world: World) -> list[str]:
         back = view is not None and view.connected and view.observed is not None
         if each.uid in pods and each.uid not in world.claims and not back:
             names.append(each.name)
+    if _in_waves(world):
+        # Whoever is not heard of may be one of those that have the new version: they are counted, not guessed.
+        known = set(names)
+        names += [
+            pod.name
+            for uid, pod in pods.items()
+            if uid not in world.claims
+            and pod in world.members
+            and pod.name not in known
+            and ((view := world.agents.get(uid)) is None or view.observed is None)
+        ]
     return names
+
+
+def _in_waves(world: World) -> bool:
+    """Whether a canary is under way, or may be: a status that is lost does not say."""
+    rollout = world.status.rollout
+    if rollout is None:
+        return bool(world.spec.waves) and world.status.current is None
+    return rollout.outcome is Outcome.IN_PROGRESS and rollout.step_index is not None
 
 
 def adopt(facts: Facts, state: State) -> State:
     """Take over what the last leader left: its group, what may be served, and a rollout under way."""
-    state = _lost_status(facts, state)
+    lost = _lost_status(facts, state)
+    state = state if lost is state else refuse_unknown(facts, lost)
     state = state.remember(
         adopted=True,
         epoch=group.inherit(facts, state),
@@ -53,11 +76,40 @@ def adopt(facts: Facts, state: State) -> State:
         allowed=_allowed(facts, state),
         failed=_failed(facts, state),
     )
+    scope = [member for member in facts.members.values() if _takes_part(member)]
+    written = _written(facts, state)
+    if written is not None and scope:
+        # Never further than was written: in waves it pauses again where it stood.
+        assert state.status.rollout is not None
+        step, paused = state.status.rollout.step_index, bool(state.status.rollout.pause_time)
+        state = begin(
+            facts, state, written, scope, catch_up=False, frozen=True, wave=step or 0, back=step is None
+        )
+        return park_again(facts, state) if paused else state
     under_way = _under_way(facts, state)
     if under_way is None:
         return state
-    scope = [member for member in facts.members.values() if _takes_part(member)]
     return begin(facts, state, under_way, scope, catch_up=False, frozen=True)
+
+
+def _written(facts: Facts, state: State) -> VersionTarget | None:
+    """A rollout in waves, or one that goes back, which the status has as under way: it was asked for."""
+    rollout = state.status.rollout
+    if rollout is None or rollout.outcome is not Outcome.IN_PROGRESS or state.current is None:
+        return None
+    version = VersionId(rollout.run, rollout.version)
+    other_run = version.run != state.current.run and rejected(state, state.current)
+    back = not state.after(version) or other_run
+    if version == state.current or (rollout.step_index is None and not back):
+        return None
+    return None if _unwanted(facts, state, version) else _target(facts, version)
+
+
+def _unwanted(facts: Facts, state: State, version: VersionId) -> bool:
+    """Whether the spec names another version, or somebody rolled back from this one."""
+    if facts.world.spec.pin is not None:
+        return pinned(facts, state) != version
+    return rejected(state, version) and state.after(version)
 
 
 def _takes_part(member: Member) -> bool:
@@ -77,7 +129,16 @@ def _lost_status(facts: Facts, state: State) -> State:
         return state
     (version, digest), _ = served.most_common(1)[0]
     assert version is not None
+    if facts.world.spec.waves:
+        # A canary may have been under way, of however many: it is not promoted by having grown beyond half.
+        known = [(_is_latest_run(facts, each), each.version, each, seen) for each, seen in served]
+        *_, version, digest = min(known, key=lambda row: row[:2])
     return state.write(current=CurrentVersion(version.run, version.version, digest, facts.world.wall))
+
+
+def _is_latest_run(facts: Facts, version: VersionId) -> bool:
+    latest = facts.source.latest
+    return latest is not None and version.run == latest.version.run
 
 
 def _allowed(facts: Facts, state: State) -> tuple[VersionId, ...]:
@@ -119,7 +180,7 @@ def _reason(text: str) -> Reason:
 def go_forward(facts: Facts, state: State) -> State | None:
     """Members serve a later version than this leader knows of: the last one's word reached them after it was
     gone. It was verified like any other, so all are brought to it."""
-    if state.round is not None or facts.world.spec.paused:
+    if state.round is not None or state.memory.parked is not None or facts.world.spec.paused:
         return None
     known = state.memory.allowed
     if not any(established(each) and each.serving.version not in known for each in facts.members.values()):
@@ -141,6 +202,8 @@ def _under_way(facts: Facts, state: State) -> VersionTarget | None:
     for member in facts.members.values():
         version = _in_hand(member)
         if version is None or version in (state.current, failed) or not state.after(version):
+            continue
+        if _unwanted(facts, state, version):
             continue
         switched = member.serving.version == version or member.applies(version)
         # One that began to switch outweighs all that have only received.

@@ -6,6 +6,7 @@ from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.limits import BATCH, GRACE, QUIET, RECONNECT, SETTLE
 from weightsync_operator.core.membership import Standing, absent_since
 from weightsync_operator.core.memory import Step
+from weightsync_operator.core.waves import bake_end, wave_of
 
 _EPSILON = 0.001
 """Later by this than the moment itself, so that rounding never wakes us before it."""
@@ -33,6 +34,13 @@ def _moments(facts: Facts, state: State) -> Iterator[float]:
             yield round_.step_began + RECONNECT
         if round_.told_at is not None:
             yield round_.told_at + SETTLE
+    if memory.parked is not None:
+        parked = memory.parked
+        check = wave_of(parked).check
+        yield bake_end(parked)
+        if check is not None and parked.check_began is not None and not parked.failed:
+            yield parked.check_began + check.deadline
+            yield parked.ask_at
     for exclusion in memory.exclusions:
         if exclusion.active:
             yield exclusion.until

@@ -31,7 +31,17 @@ from weightsync_contract.messages import (
 from weightsync_contract.reasons import Condition, FailureCode, Reason, Role
 from weightsync_operator.core.decide import decide
 from weightsync_operator.core.memory import Memory
-from weightsync_operator.core.model import AgentView, Note, Plan, PodView, Selector, Spec, Status, World
+from weightsync_operator.core.model import (
+    AgentView,
+    Note,
+    Plan,
+    PodView,
+    Selector,
+    Spec,
+    Status,
+    Verdict,
+    World,
+)
 
 CAPABILITIES = tuple(Capability)
 REF = ObjectRef("rl", "policy", "cr-1")
@@ -156,6 +166,8 @@ class Fleet:
         self.writes: list[Status] = []
         self.nonces = 0
         self.hook: Callable[[World, Plan], None] | None = None
+        self.action = ""
+        self.verdict: Verdict | None = None
 
     # -- who is there
 
@@ -204,6 +216,8 @@ class Fleet:
             self.now,
             f"2026-11-24T09:00:00Z+{self.now}",
             f"nonce-{self.nonces}",
+            self.action,
+            self.verdict,
         )
 
     def decide(self) -> Plan:

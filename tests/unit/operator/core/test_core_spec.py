@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsync_contract.messages import InFlight, Mode, Timeouts, Transport
-from weightsync_operator.core.model import InitialWeights, Requirement, Selector, Spec
+from weightsync_operator.core.model import (
+    Check,
+    HttpCheck,
+    InitialWeights,
+    OnFailure,
+    Pause,
+    Pin,
+    PrometheusCheck,
+    Requirement,
+    Selector,
+    Spec,
+    Wave,
+)
 from weightsync_operator.core.spec import (
     SpecError,
     describe,
@@ -17,6 +29,7 @@ from weightsync_operator.core.spec import (
     parse_selector,
     parse_spec,
 )
+from weightsync_operator.core.strategy import wave_size
 
 MINIMAL: dict[str, Any] = {
     "trainer": {"selector": {"matchLabels": {"app": "trainer"}}},
@@ -84,8 +97,6 @@ def test_every_field_is_read() -> None:
 @pytest.mark.parametrize(
     ("section", "field"),
     [
-        ({"strategy": {"steps": [{"members": 1}]}}, "strategy.steps"),
-        ({"target": {"policy": "Pinned", "version": 3}}, "target.policy Pinned"),
         ({"dataPlane": {"type": "Engine"}, "verification": "None"}, "dataPlane.type Engine"),
         ({"dataPlane": {"staging": "Device"}}, "dataPlane.staging Device"),
         ({"dataPlane": {"staging": "None"}}, "dataPlane.staging None"),
@@ -98,7 +109,82 @@ def test_a_field_of_a_later_release_is_named_with_the_release(section: dict[str,
 
 
 def test_an_empty_list_of_steps_asks_for_nothing() -> None:
-    assert parse_spec(MINIMAL | {"strategy": {"steps": []}}).unsupported == ()
+    assert parse_spec(MINIMAL | {"strategy": {"steps": []}}).waves == ()
+
+
+def test_steps_are_read_with_pauses_and_checks() -> None:
+    spec = parse_spec(
+        MINIMAL
+        | {
+            "strategy": {
+                "onFailure": "Rollback",
+                "steps": [
+                    {"members": 1, "pause": {}},
+                    {
+                        "members": "50%",
+                        "pause": {"durationSeconds": 60},
+                        "check": {
+                            "http": {"url": "http://eval/ok", "json": {"path": "a.0", "equals": "yes"}},
+                            "intervalSeconds": 5,
+                            "deadlineSeconds": 50,
+                        },
+                    },
+                    {
+                        "members": "100%",
+                        "check": {"prometheus": {"address": "http://prom", "query": "up", "min": 1}},
+                    },
+                ],
+            }
+        }
+    )
+    assert spec.on_failure is OnFailure.ROLLBACK
+    assert spec.waves == (
+        Wave("1", Pause()),
+        Wave(
+            "50%",
+            Pause(60.0),
+            Check(http=HttpCheck("http://eval/ok", 200, "a.0", "yes"), interval=5.0, deadline=50.0),
+        ),
+        Wave("100%", None, Check(prometheus=PrometheusCheck("http://prom", "up", 1.0, None))),
+    )
+
+
+def test_a_pinned_version_is_read_with_its_run() -> None:
+    pinned = {"policy": "Pinned", "version": 7}
+    assert parse_spec(MINIMAL | {"target": pinned}).pin == Pin(7, "")
+    assert parse_spec(MINIMAL | {"target": {**pinned, "run": "b"}}).pin == Pin(7, "b")
+    assert parse_spec(MINIMAL | {"target": {"policy": "Latest"}}).pin is None
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"members": 0},
+        {"members": "0%"},
+        {"members": "many"},
+        {},
+        {"members": 1, "check": {}},
+        {
+            "members": 1,
+            "check": {
+                "http": {"url": "http://a"},
+                "prometheus": {"address": "http://b", "query": "up", "min": 1},
+            },
+        },
+        {"members": 1, "check": {"prometheus": {"address": "http://b", "query": "up"}}},
+    ],
+)
+def test_a_step_that_the_crd_would_refuse_is_refused(step: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        parse_spec(MINIMAL | {"strategy": {"steps": [step]}})
+
+
+@pytest.mark.parametrize(
+    ("text", "members", "expected"),
+    [("1", 4, 1), ("9", 4, 4), ("50%", 4, 2), ("50%", 3, 2), ("1%", 3, 1), ("100%", 7, 7), ("3", 0, 0)],
+)
+def test_a_step_is_of_so_many_members(text: str, members: int, expected: int) -> None:
+    assert wave_size(text, members) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def rules(state: State) -> tuple[State, Effects]:
     # The pin comes first: a version about to be sent must not fall out because fewer are to be kept.
     wanted, current = desired.wanted, desired.fleet.current
     # However many failed after it: what the fleet serves is what a late joiner or a restarted engine needs.
-    needed = (wanted.version if wanted else None, current)
+    needed = (wanted.version if wanted else None, current, *desired.keep)
     pinned = tuple(dict.fromkeys(version for version in needed if version))
     if pinned != state.pinned:
         effects.append(Pin(pinned))
