@@ -22,8 +22,13 @@ def rules(objects: list[Object]) -> dict[tuple[str, str], list[Any]]:
     return {
         (each["kind"], each["metadata"]["name"]): sorted(each["rules"], key=str)
         for each in objects
-        if each["kind"] in RBAC
+        if each["kind"] in RBAC and not for_people(each)
     }
+
+
+def for_people(role: Object) -> bool:
+    """Whether a role is added to the cluster's own ones, and bound to nobody by the chart."""
+    return any("aggregate-to" in label for label in role["metadata"].get("labels", {}))
 
 
 def operator(objects: list[Object]) -> Object:
@@ -43,7 +48,6 @@ def test_the_values_file_of_the_tests_sets_every_value() -> None:
     # It says that one namespace is looked after, which the selector of namespaces excludes.
     assert set(everything) == set(defaults) - {"watchNamespace"}
     assert {name for name, value in everything.items() if value == defaults[name]} == {
-        "rbac",
         "podDisruptionBudget",
     }
 
@@ -96,7 +100,7 @@ def test_every_role_is_bound_to_the_operators_account_alone(helm: Helm) -> None:
         assert bound == {
             (r["kind"], r["metadata"]["name"], r["metadata"].get("namespace"))
             for r in objects
-            if r["kind"] in RBAC
+            if r["kind"] in RBAC and not for_people(r)
         }
 
 
@@ -106,7 +110,7 @@ def test_for_one_namespace_the_rights_are_there_only(helm: Helm) -> None:
     assert watched["metadata"]["namespace"] == "team"
     assert watched["rules"] == named(everywhere, "ClusterRole", "weightsync-operator")["rules"]
     # Reviews are in no namespace.
-    assert [r["metadata"]["name"] for r in here if r["kind"] == "ClusterRole"] == [
+    assert [r["metadata"]["name"] for r in here if r["kind"] == "ClusterRole" and not for_people(r)] == [
         "weightsync-operator-team-reviews"
     ]
     assert "--namespace=team" in operator(here)["args"]
@@ -130,15 +134,19 @@ def test_agents_dial_the_service_that_the_certificate_is_for(helm: Helm) -> None
     policy = named(objects, "MutatingAdmissionPolicy")
     assert f"wss://sync.elsewhere.svc:{names.SESSION_PORT}" in str(policy)
     service = named(objects, "Service", "sync")
-    (port,) = service["spec"]["ports"]
-    assert port["port"] == names.SESSION_PORT
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {"session": names.SESSION_PORT, "metrics": names.METRICS_PORT}
     pod = named(objects, "Deployment")["spec"]["template"]
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
 
 
 def test_the_ports_are_those_that_the_operator_listens_on(helm: Helm) -> None:
     ports = {port["name"]: port["containerPort"] for port in operator(helm.template())["ports"]}
-    assert ports == {"session": names.SESSION_PORT, "health": names.HEALTH_PORT}
+    assert ports == {
+        "session": names.SESSION_PORT,
+        "health": names.HEALTH_PORT,
+        "metrics": names.METRICS_PORT,
+    }
 
 
 @pytest.mark.parametrize("values", [None, *VALUES], ids=lambda path: path.stem if path else "defaults")
@@ -259,6 +267,15 @@ IMAGE = {"repository": "a"}
         (
             {"watchNamespace": "team", "injection": {"namespaceSelector": {"matchLabels": {"a": "b"}}}},
             "leave injection.namespaceSelector out, or watchNamespace",
+        ),
+        ({"networkPolicy": {"metricsFrom": [{}]}}, "at '/networkPolicy/metricsFrom/0': minProperties"),
+        ({"networkPolicy": {"fleets": ["team"]}}, "at '/networkPolicy/fleets/0': got string, want object"),
+        ({"networkPolicy": {"apiServerPorts": []}}, "at '/networkPolicy/apiServerPorts': minItems"),
+        ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "at '/metrics/serviceMonitor/interval'"),
+        ({"liveView": {"readers": [{"kind": "Team", "name": "a"}]}}, "at '/liveView/readers/0/kind'"),
+        (
+            {"networkPolicy": {"enabled": True}, "metrics": {"serviceMonitor": {"enabled": True}}},
+            "name your Prometheus in networkPolicy.metricsFrom",
         ),
         ({"serviceAccount": {"create": False}}, "name the ServiceAccount to use in serviceAccount.name"),
     ],

@@ -6,4 +6,7 @@
 {{- if and (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) -}}
 {{- fail "serviceAccount.create is false: name the ServiceAccount to use in serviceAccount.name (default would give its rights to every pod of the namespace)" -}}
 {{- end -}}
+{{- if and .Values.networkPolicy.enabled .Values.metrics.serviceMonitor.enabled (not .Values.networkPolicy.metricsFrom) -}}
+{{- fail "networkPolicy.enabled closes the port that metrics.serviceMonitor has scraped: name your Prometheus in networkPolicy.metricsFrom" -}}
+{{- end -}}
 {{- end }}

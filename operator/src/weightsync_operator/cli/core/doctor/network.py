@@ -89,7 +89,7 @@ def _to_operator(facts: Facts, pods: Sequence[Document]) -> Iterator[Finding]:
                 "network",
                 f"pod {name_of(pod)}",
                 f"NetworkPolicy {where}/{', '.join(by)} lets no agent of namespace {facts.namespace} in",
-                f"allow ingress from this namespace, TCP port {SESSION_PORT}: networkPolicy.agents of the chart",
+                f"allow ingress from this namespace, TCP port {SESSION_PORT}: networkPolicy.sessionsFrom of the chart",
             )
 
 
@@ -112,8 +112,8 @@ def _within(
                 f"pod {name_of(pod)}",
                 f"NetworkPolicy {', '.join(dict.fromkeys([*out, *into]))} keeps it from {name_of(other)}: the ranks of "
                 "a group connect to each other, on ports that the system chooses",
-                f"allow {ways} between the pods of {name_of(document)} on all TCP ports: agents' networkPolicy of the "
-                "chart, or docs/install.md",
+                f"allow {ways} between the pods of {name_of(document)} on all TCP ports: networkPolicy.fleets of "
+                "the chart does",
             )
 
 
