@@ -6,6 +6,7 @@ from typing import Any
 from simulated_agent import Groups, SimAgent
 from simulated_history import History
 from simulated_time import Clock
+from simulated_user import User
 
 from weightsync_contract.messages import Desired, Nack, ObjectRef, Observed, ServingState, Timeouts, VersionId
 from weightsync_contract.reasons import RefusalCode, Role
@@ -25,7 +26,7 @@ SETTLE_SECONDS = 400.0
 class Simulation:
     """``run`` raises ViolationError, or AssertionError when the fleet does not come to rest."""
 
-    def __init__(self, seed: int, faults: bool = True) -> None:
+    def __init__(self, seed: int, faults: bool = True, meddles: bool | None = None) -> None:
         self.seed = seed
         self.clock = Clock(seed)
         self.history = History()
@@ -34,12 +35,16 @@ class Simulation:
         self.members = [self._agent(f"m{number}", Role.INFERENCE) for number in range(random.randint(2, 4))]
         self.trainer = self._agent("trainer", Role.TRAINER)
         self.agents = {each.uid: each for each in (self.trainer, *self.members)}
+        self.user = User(self, faults if meddles is None else meddles)
+        self.generation = 1
         self.spec = Spec(
             Selector((("app", "trainer"),)),
             Selector((("app", "vllm"),)),
             timeouts=TIMEOUTS,
             progress_seconds=PROGRESS,
             max_unavailable=random.choice(["25%", "50%", "1", "0"]),
+            waves=self.user.waves,
+            on_failure=self.user.on_failure,
         )
         self.status = Status()
         self.revision = 0
@@ -76,6 +81,7 @@ class Simulation:
         if self.faults:
             for _ in range(clock.random.randint(1, 6)):
                 clock.soon(1.0, FAULT_SECONDS, self._fault)
+        self.user.begin(FAULT_SECONDS)
         clock.run(1000.0 + FAULT_SECONDS)
         if not clock.run(1000.0 + FAULT_SECONDS + SETTLE_SECONDS, self.settled):
             raise AssertionError(f"not settled: {self.describe()}")
@@ -85,6 +91,8 @@ class Simulation:
         return (
             self.operator.up
             and self.operator.memory.round is None
+            and self.operator.memory.parked is None
+            and self.spec.pin is None
             and self.published()
             and all(self.serves(member) or self._given_up(member) for member in self.members)
         )
@@ -93,9 +101,15 @@ class Simulation:
         """Whether the trainer has published all it will."""
         return bool(self.trainer.stored) and self.trainer.stored[-1].version.version == self.versions
 
+    def newest(self) -> VersionId:
+        """What the fleet is to serve at the end: the newest version, unless somebody gave it up."""
+        newest, current = VersionId("run", self.versions), self.status.current
+        given_up = any(each.version >= self.versions for each in self.status.rejected)
+        return VersionId(current.run, current.version) if given_up and current else newest
+
     def serves(self, member: SimAgent) -> bool:
         """Whether its engine answers from the newest version."""
-        permit, engine, newest = member.permit, member.engine, VersionId("run", self.versions)
+        permit, engine, newest = member.permit, member.engine, self.newest()
         answers = engine.up and permit is not None and permit.boot == engine.boot
         return answers and permit is not None and permit.version == newest == (engine.weights or (None,))[0]
 
@@ -133,12 +147,23 @@ class Simulation:
             victim.child_freezes,
             lambda: self._restart_agent(victim),
             lambda: self._partition(victim),
+            self._wipe,
             self.operator.restart,
             self.operator.restart,
         ]
         if victim.role is Role.INFERENCE:
             kinds += [victim.engine_dies, victim.engine_dies]
         random.choice(kinds)()
+
+    def _wipe(self) -> None:
+        """The status is lost, and with it, half of the times, the operator."""
+        if not self.clock.chance(0.3):
+            return
+        self.history.note(self.clock.now, "status is wiped")
+        self.status = Status()
+        if self.clock.chance(0.5):
+            self.operator.restart()
+        self.operator.wake()
 
     def _restart_agent(self, agent: SimAgent) -> None:
         agent.dies()
@@ -296,6 +321,10 @@ class Operator:
 
     # -- passes
 
+    def wake(self) -> None:
+        """Something that is no agent's has changed."""
+        self._wake()
+
     def _wake(self, seconds: float = 0.002) -> None:
         at = self.clock.now + seconds
         if not self.up or (self._due is not None and self._due <= at):
@@ -314,7 +343,7 @@ class Operator:
         pods = {uid: PodView(uid, "ns", agent.name) for uid, agent in sim.agents.items()}
         return World(
             REF,
-            1,
+            sim.generation,
             sim.spec,
             sim.status,
             (pods[sim.trainer.uid],),
@@ -325,6 +354,8 @@ class Operator:
             self.clock.now,
             f"T{self.clock.now:.3f}",
             f"{self.clock.random.getrandbits(64):016x}",
+            sim.user.action,
+            sim.user.verdict,
         )
 
     def reconcile(self) -> None:
@@ -332,7 +363,8 @@ class Operator:
         plan, memory = decide(world, self.memory)
         if plan.stand_down:
             raise AssertionError("only one leader is simulated, and it stood down")
-        if plan.status != self.sim.status:
+        before = self.sim.status
+        if plan.status != before:
             if self.clock.chance(0.02):
                 # Somebody else wrote, or the API server was not there: nothing was done, all is seen anew.
                 self._wake(0.1)
@@ -342,7 +374,10 @@ class Operator:
             if self.clock.chance(0.005) and self.sim.faults and self.clock.now < 1000 + FAULT_SECONDS:
                 self.restart()
                 return
+        self.sim.user.watch(before, plan)
         self._note(plan)
+        if plan.probe is not None:
+            self.sim.user.ask(plan.probe)
         for uid, desired in plan.desired.items():
             self.ask(uid, desired)
         self.memory, self.view = memory, plan.view

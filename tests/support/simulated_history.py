@@ -23,11 +23,18 @@ class History:
     """By WeightSync and epoch that members were told of: its only nonce."""
     terms: dict[str, int] = field(default_factory=dict)
     writes: int = 0
+    may_return: set[VersionId] = field(default_factory=set)
+    """Versions that spec or action asked to go back to."""
     log: list[str] = field(default_factory=list)
 
     def note(self, at: float, text: str) -> None:
         """One line for whoever reads a failure."""
         self.log.append(f"{at - 1000:9.3f} {text}")
+
+    @staticmethod
+    def violation(text: str) -> ViolationError:
+        """For what others see that must never be."""
+        return ViolationError(text)
 
     def publish(self, version: VersionId, digest: str) -> None:
         self.published[version] = digest
@@ -51,7 +58,8 @@ class History:
         if self.published.get(version) != digest:
             raise ViolationError(f"{member} ({boot}) answers from {version} with bytes that nobody published")
         before = self.served.setdefault((member, boot), [])
-        if before and before[-1].run == version.run and before[-1].version > version.version:
+        back = bool(before) and before[-1].run == version.run and before[-1].version > version.version
+        if back and version not in self.may_return:
             raise ViolationError(f"{member} ({boot}) went back from {before[-1]} to {version}")
         if not before or before[-1] != version:
             before.append(version)

@@ -5,6 +5,7 @@ redirect, sends no credentials, reads little, and never goes to a link-local add
 """
 
 import asyncio
+import errno
 import json
 import math
 import socket
@@ -63,7 +64,12 @@ class Checks:
                 group.create_task(self._answer(session, key, probe))
 
     async def _answer(self, session: aiohttp.ClientSession, key: Key, probe: Probe) -> None:
-        passed, message = await look(session, probe.check)
+        try:
+            passed, message = await look(session, probe.check)
+        except Exception as error:
+            # It must end neither the operator nor the rollout's wait: the check's own deadline does that.
+            log.exception("check not asked", weightsync="/".join(key))
+            passed, message = False, f"not asked: {_reason(error)}"
         log.info("check answered", weightsync="/".join(key), passed=passed, message=message)
         self._answered(key, Verdict(probe.key, passed, message))
 
@@ -184,7 +190,7 @@ def refuse(host: str) -> None:
         return
     mapped = getattr(address, "ipv4_mapped", None)
     if address.is_link_local or (mapped is not None and mapped.is_link_local):
-        raise RefusedAddressError(f"{host} is link-local: the operator asks nothing there")
+        raise RefusedAddressError(errno.EACCES, f"{host} is link-local: the operator asks nothing there")
 
 
 class _Resolver(AbstractResolver):

@@ -108,9 +108,13 @@ def _rolling(round_: Round, lacking: list[Member]) -> str:
 
 
 def _first(facts: Facts, state: State, everyone: list[Member]) -> Row:
-    if facts.source.latest is not None:
+    latest = facts.source.latest
+    if latest is not None and rejected(state, latest.version):
+        message = f"{latest.version} was given up, and no other version is served yet"
+        return NO, Reason.WAITING_FOR_FIRST_VERSION, message
+    if latest is not None:
         waiting = [member for member in everyone if member.standing is not Standing.READY]
-        message = f"{facts.source.latest.version} waits for {names(waiting) or 'its rollout'}"
+        message = f"{latest.version} waits for {names(waiting) or 'its rollout'}"
         return NO, Reason.ROLLING_OUT, message
     if facts.world.spec.initial_weights is InitialWeights.SERVE:
         status = YES if all(member.standing is Standing.READY for member in everyone) else NO
@@ -164,9 +168,11 @@ def _at_rest(facts: Facts, state: State) -> Row:
     missing = missing_pin(facts, state)
     if missing is not None:
         return NO, Reason.VERSION_NOT_RETAINED, _not_retained(facts, missing)
+    latest = facts.source.latest
+    if state.current is None and latest is not None and rejected(state, latest.version):
+        return _given_up(state, latest.version)
     if state.current is None:
         return NO, Reason.WAITING_FOR_FIRST_VERSION, "the trainer has not published yet"
-    latest = facts.source.latest
     if pinned(facts, state) == state.current:
         newest = f"; the newest is {latest.version}" if latest and latest.version != state.current else ""
         return YES, Reason.COMPLETE, f"spec.target names {state.current}{newest}"
@@ -186,9 +192,8 @@ def _not_retained(facts: Facts, version: VersionId) -> str:
 
 def _given_up(state: State, version: VersionId) -> Row:
     last, failed = state.status.rollout, state.memory.failed
-    goes_on = (
-        f"{state.current} stays until a newer version is published, or somebody annotates retry@{version}"
-    )
+    stays = f"{state.current} stays" if state.current else "no version is brought"
+    goes_on = f"{stays} until a newer version is published, or somebody annotates retry@{version}"
     if failed is not None and failed.version == version:
         return NO, failed.reason, f"{version}: {failed.message}; {goes_on}"
     aborted = last is not None and last.outcome is Outcome.ABORTED

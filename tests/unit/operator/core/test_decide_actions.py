@@ -233,6 +233,21 @@ def test_abort_in_a_commit_takes_back_who_has_switched(make: Any) -> None:
     assert set(states) == {ServingState.SERVING}, "nobody is withheld on the way back"
 
 
+def test_abort_of_the_first_version_of_all_says_that_nothing_is_served(make: Any) -> None:
+    fleet = make(members=2)
+    hold(fleet, "transfer")
+    fleet.publish(1)
+    fleet.until(fleet.step_is("Transferring"))
+    fleet.action = "abort@a/1"
+    fleet.wait(1000)
+    assert fleet.serving() == [None, None]
+    assert fleet.condition(Condition.READY)[:2] == ("False", Reason.WAITING_FOR_FIRST_VERSION)
+    assert "a/1 was given up" in fleet.condition(Condition.READY)[2]
+    status, reason, message = fleet.condition(Condition.PROGRESSING)
+    assert (status, reason) == ("False", Reason.ABORTED)
+    assert "no version is brought until" in message
+
+
 def test_publishers_are_told_that_their_version_was_aborted(paused: Any) -> None:
     say(paused, "abort@a/2")
     assert paused.trainer.told.fleet.rollout.outcome is Outcome.ABORTED
