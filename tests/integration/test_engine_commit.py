@@ -347,6 +347,9 @@ async def test_a_stream_goes_on_across_a_commit_and_ends_in_the_new_weights(runn
     await asyncio.to_thread(stream.join)
     assert (stream.error, stream.finish, len(stream.got)) == ("", "length", LONG)
     assert stream.headers["x-weightsync-version"] == "1"
+    ((before, mark),) = stream.marks
+    assert mark == ": x-weightsync-version=2 x-weightsync-run=run-a"
+    assert 20 <= before < LONG
     assert stream.got[:12] == expected(running.kind, 1).tokens
     # What follows is what the new weights make of all that was said before: nothing of the old ones is left.
     said = list(stream.got)

@@ -74,7 +74,7 @@ def completion(tokens: int = 12, prompt: tuple[int, ...] = PROMPT, **more: Any) 
 class EngineServer:
     """One engine in a directory of its own."""
 
-    def __init__(self, kind: str, model: Path, directory: Path, ranks: int = 1) -> None:
+    def __init__(self, kind: str, model: Path, directory: Path, ranks: int = 1, *arguments: str) -> None:
         self.kind = kind
         self.ranks = ranks
         self.port = free_port()
@@ -85,7 +85,13 @@ class EngineServer:
         token.touch(mode=0o600)
         token.write_text(TOKEN)
         self.process = engine_process(
-            kind, model, self.port, self.directory, directory / f"{kind}.log", ranks=ranks
+            kind,
+            model,
+            self.port,
+            self.directory,
+            directory / f"{kind}.log",
+            ranks=ranks,
+            arguments=arguments,
         )
         self.boot = ""
 
@@ -172,6 +178,8 @@ class Stream:
     status: int = 0
     finish: str | None = None
     error: str = ""
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    """Comments, and how many tokens had come before them."""
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -202,7 +210,7 @@ class Stream:
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         response = connection.getresponse()
         self.status, self.headers = response.status, {k.lower(): v for k, v in response.getheaders()}
-        for event in _events(response):
+        for event in self._events(response):
             choice = event["choices"][0]
             with self._changed:
                 self.got += choice["token_ids"]
@@ -210,11 +218,12 @@ class Stream:
                 self._changed.notify_all()
         connection.close()
 
-
-def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
-    while line := response.readline():
-        text = line.decode().strip()
-        if text == "data: [DONE]":
-            return
-        if text.startswith("data: "):
-            yield json.loads(text.removeprefix("data: "))
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[Any]:
+        while line := response.readline():
+            text = line.decode().strip()
+            if text == "data: [DONE]":
+                return
+            if text.startswith(":"):
+                self.marks.append((len(self.got), text))
+            if text.startswith("data: "):
+                yield json.loads(text.removeprefix("data: "))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from weightsync_engine.guard.middleware import ADMITTED_HEADER, VERSION_HEADER
+from weightsync_engine.guard.labels import ADMITTED_HEADER, VERSION_HEADER
 
 PROMPT: Final = "The fleet serves"
 TOKENS: Final = 16

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 
 from weightsync_contract.messages import VersionId
 from weightsync_engine.boot import BootError, boot_id, end_engine
 from weightsync_engine.guard.files import PermitFile, TokenFile
+from weightsync_engine.guard.labels import Labelled, Message, Send
 from weightsync_engine.guard.routes import OWN, RESTART, STATUS, Access, access, route_path
 from weightsync_engine.permit import Mode, Permit
 from weightsync_engine.worker.protocol import Hello
@@ -20,20 +20,13 @@ from weightsync_engine.worker.sockets import forget_ended
 from weightsync_engine.worker.state import WorkerState
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DIRECTORY: Final = "WEIGHTSYNC_DIR"
 DEFAULT_DIRECTORY: Final = "/run/weightsync"
 HOLD_SECONDS: Final = "WEIGHTSYNC_HOLD_SECONDS"
 """How long a request may wait for a commit to end, by environment; 60 unless given."""
-
-VERSION_HEADER: Final = "x-weightsync-version"
-RUN_HEADER: Final = "x-weightsync-run"
-ADMITTED_HEADER: Final = "x-weightsync-admitted"
-"""Version number that was served when the request was let in: with Keep, an answer's first tokens are its."""
 
 _RETRY_SECONDS: Final = 5
 _POLICY_VIOLATION: Final = 1008
@@ -103,16 +96,11 @@ class Guard:
             retry = [(b"retry-after", str(_RETRY_SECONDS).encode())]
             await _answer(send, 503, _error(self._refusal(permit)), retry)
             return
-        admitted = permit.version
+        await self._app(scope, receive, Labelled(send, self._present, permit.version))
 
-        async def labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                now = self._permit.read()
-                version = now.version if now else admitted
-                message = {**message, "headers": [*message.get("headers", []), *_labels(version, admitted)]}
-            await send(message)
-
-        await self._app(scope, receive, labelled)
+    def _present(self) -> VersionId | None:
+        permit = self._permit.read()
+        return permit.version if permit else None
 
     def _refusal(self, permit: Permit | None) -> str:
         if self._trouble:
@@ -157,15 +145,6 @@ class Guard:
         except OSError as error:
             self._server.close()
             print(f"weightsync: no socket for the agent: {error}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _labels(version: VersionId | None, admitted: VersionId | None) -> list[tuple[bytes, bytes]]:
-    labels = []
-    if version:
-        labels += [(VERSION_HEADER, str(version.version)), (RUN_HEADER, quote(version.run, safe=""))]
-    if admitted:
-        labels.append((ADMITTED_HEADER, str(admitted.version)))
-    return [(name.encode(), value.encode("ascii")) for name, value in labels]
 
 
 def _error(message: str) -> dict[str, Any]:

@@ -39,6 +39,8 @@ _INFERENCE: Final = frozenset(
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/v1/messages/render",
+        "/v1/decisions",
+        "/v1/systemone",
         "/v1/embeddings",
         "/v1/score",
         "/v1/rerank",
