@@ -243,6 +243,47 @@ async def test_pause_and_resume_wait_for_the_operators_answer(world: Operated, a
     await world.until_status(lambda s: row(s, "Ready")["reason"] == "Synced" and s["synced"] == "2/2")
 
 
+async def test_abort_retry_and_rollback_are_answered(world: Operated, apiserver: ApiServer) -> None:
+    trainer, agents = await started(world)
+    await asyncio.gather(*(each.until_serving(trainer.publish(1), 20) for each in agents))
+    await world.until_status(lambda s: s["current"]["version"] == 1)
+    agents[0].hold(Stop.TRANSFER)
+    trainer.publish(2)
+    await world.until_condition("Progressing", "Transferring")
+    stale = await cli(world, apiserver, "promote", "policy", "--version", "run-1/2")
+    assert (stale.code, "is not paused" in stale.err) == (1, True), stale
+    aborted = await cli(world, apiserver, "abort", "policy")
+    assert (aborted.code, "abort run-1/2: run-1/2 is given up" in aborted.out) == (0, True), aborted
+    assert (await cli(world, apiserver, "get", "policy", "--watch", "--timeout", "20")).code == 1
+    agents[0].let_go()
+    retried = await cli(world, apiserver, "retry", "policy", "-o", "json")
+    assert (retried.code, retried.json["about"]) == (0, "run-1/2"), retried
+    await world.until_status(lambda s: s["current"]["version"] == 2 and s["synced"] == "2/2")
+    back = await cli(world, apiserver, "rollback", "policy")
+    assert (back.code, "all go from run-1/2 to run-1/1" in back.out) == (0, True), back
+    done = await cli(world, apiserver, "get", "policy", "--watch", "--timeout", "40")
+    assert (done.code, "run-1/2 was given up; run-1/1 stays" in done.err) == (0, True), done
+    # The same word again is another word.
+    again = await cli(world, apiserver, "rollback", "policy", "--version", "1")
+    assert (again.code, "run-1/1 is the current version" in again.err) == (1, True), again
+
+
+async def test_a_pin_is_a_target_and_latest_ends_it(world: Operated, apiserver: ApiServer) -> None:
+    trainer, agents = await started(world)
+    for number in (1, 2):
+        version = trainer.publish(number)
+        await asyncio.gather(*(each.until_serving(version, 20) for each in agents))
+        await world.until_status(lambda s, n=number: s["current"]["version"] == n)
+    pinned = await cli(world, apiserver, "pin", "policy", "1")
+    assert pinned.code == 0, pinned.err
+    await world.until_status(lambda s: s["current"]["version"] == 1 and s["synced"] == "2/2")
+    spec = (await asyncio.to_thread(world.objects.read))["spec"]
+    assert spec["target"] == {"policy": "Pinned", "run": "run-1", "version": 1}
+    freed = await cli(world, apiserver, "pin", "policy", "latest")
+    assert freed.code == 0, freed.err
+    await world.until_status(lambda s: s["current"]["version"] == 2 and s["synced"] == "2/2")
+
+
 async def test_a_verb_without_an_operator_ends_at_its_timeout(world: Operated, apiserver: ApiServer) -> None:
     await asyncio.to_thread(world.objects.weightsync)
     done = await cli(world, apiserver, "pause", "policy", "--timeout", "1")

@@ -32,6 +32,11 @@ SYNCED, COMPLETE = ("True", "Synced"), ("True", "Complete")
         (("False", "Degraded"), ("False", "TransferTimeout"), Exit.FAILED),
         (("True", "Synced"), ("False", "DigestMismatch"), Exit.FAILED),
         (("False", "Unsupported"), ("False", "Unsupported"), Exit.FAILED),
+        (SYNCED, ("False", "Aborted"), Exit.FAILED),
+        (SYNCED, ("False", "CheckFailed"), Exit.FAILED),
+        (SYNCED, ("False", "RolledBack"), Exit.DONE),
+        # On their way back they are not done.
+        (("True", "RollingOut"), ("False", "RolledBack"), None),
         (("True", "RollingOut"), ("True", "Transferring"), None),
         # Somebody lags behind: it is not done before he is there.
         (("False", "Degraded"), COMPLETE, None),
@@ -53,10 +58,3 @@ def test_an_older_generations_status_says_nothing() -> None:
 
 def test_a_new_object_is_waited_for() -> None:
     assert judge({"metadata": {"generation": 1}}) is None
-
-
-def test_an_aborted_rollout_is_a_failure_until_the_fleet_is_at_rest() -> None:
-    rollout = {"run": "a", "version": 5, "outcome": "Aborted"}
-    verdict = judge(document(SYNCED, ("True", "Grouping"), rollout=rollout))
-    assert verdict is not None
-    assert (verdict.exit, verdict.message) == (Exit.FAILED, "a/5 was aborted")

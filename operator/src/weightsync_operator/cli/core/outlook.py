@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from weightsync_contract.reasons import Condition, Outcome, Reason
+from weightsync_contract.reasons import Condition, Reason
 from weightsync_operator.cli.core.exits import Exit
 from weightsync_operator.cli.core.page import Document, conditions
 
@@ -17,10 +17,16 @@ FAILURES = frozenset(
         Reason.COMMIT_TIMEOUT,
         Reason.ENGINE_REJECTED,
         Reason.UNSUPPORTED,
-        *("CheckFailed", "CanaryLost", "Aborted"),
+        Reason.CHECK_FAILED,
+        Reason.CANARY_LOST,
+        Reason.ABORTED,
+        Reason.VERSION_NOT_RETAINED,
     }
 )
 """Reasons of Progressing=False that nobody but its user can end."""
+
+AT_REST = frozenset({Reason.COMPLETE, Reason.ROLLED_BACK})
+"""Reasons of Progressing where there is nothing left to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +51,10 @@ def judge(document: Document) -> Verdict | None:
         return None
     if progressing.status == "False" and progressing.reason in FAILURES:
         return Verdict(Exit.FAILED, f"{progressing.reason}: {progressing.message}")
-    rollout = (document.get("status") or {}).get("rollout") or {}
-    if rollout.get("outcome") == Outcome.ABORTED and progressing.reason != Reason.COMPLETE:
-        return Verdict(Exit.FAILED, f"{rollout['run']}/{rollout['version']} was aborted")
     if ready.status != "True":
         return None
     if ready.reason == Reason.NO_MEMBERS:
         return Verdict(Exit.DONE, ready.message)
-    if progressing.reason == Reason.COMPLETE and ready.reason == Reason.SYNCED:
+    if progressing.reason in AT_REST and ready.reason == Reason.SYNCED:
         return Verdict(Exit.DONE, progressing.message)
     return None

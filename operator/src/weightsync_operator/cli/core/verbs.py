@@ -12,7 +12,6 @@ from weightsync_operator.cli.core.exits import Exit
 from weightsync_operator.cli.core.outlook import Verdict, seen
 from weightsync_operator.cli.core.page import Document, conditions
 
-_ACTION_TAKEN: Final = "ActionTaken"
 _VERSION: Final = re.compile(r"(?:(?P<run>[^/@\s]{1,63})/)?(?P<version>\d{1,18})")
 
 
@@ -125,7 +124,7 @@ def _previous(document: Document) -> str:
 
 def _action_answered(asked: Ask, document: Document) -> Verdict | None:
     """The answer repeats the annotation, then says what came of it."""
-    row = conditions(document).get(_ACTION_TAKEN)
+    row = conditions(document).get(Condition.ACTION_TAKEN)
     if row is None:
         return None
     about, _, message = row.message.partition(": ")
