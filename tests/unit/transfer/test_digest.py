@@ -4,15 +4,15 @@ import os
 
 import pytest
 
-from weightsync_engine.digest import ImageDigest, digest_image
+from weightsync_engine.digest import LEAF_BYTES, ImageDigest, digest_image
 
 LAYOUT = "sha256:" + "0" * 64
-IMAGE = os.urandom(1 << 16)
+IMAGE = os.urandom(2 * LEAF_BYTES + 4096)
 
 
 def test_it_does_not_depend_on_how_the_image_is_cut() -> None:
     whole = digest_image(LAYOUT, IMAGE)
-    for size in (1, 7, 4096, 1 << 16):
+    for size in (7, 4096, LEAF_BYTES, LEAF_BYTES + 1, len(IMAGE)):
         digest = ImageDigest(LAYOUT)
         for start in range(0, len(IMAGE), size):
             digest.update(IMAGE[start : start + size])
@@ -21,7 +21,7 @@ def test_it_does_not_depend_on_how_the_image_is_cut() -> None:
 
 def test_it_names_its_algorithm() -> None:
     name, _, value = digest_image(LAYOUT, IMAGE).partition(":")
-    assert name == "xxh3-128"
+    assert name == "xxh3-128-tree"
     assert len(value) == 32
 
 
@@ -36,7 +36,10 @@ def flipped(image: bytes) -> bytes:
     [
         pytest.param(flipped(IMAGE), id="one bit flipped"),
         pytest.param(IMAGE[8:16] + IMAGE[:8] + IMAGE[16:], id="two words swapped"),
-        pytest.param(IMAGE[1 << 15 :] + IMAGE[: 1 << 15], id="two halves swapped"),
+        pytest.param(
+            IMAGE[LEAF_BYTES : 2 * LEAF_BYTES] + IMAGE[:LEAF_BYTES] + IMAGE[2 * LEAF_BYTES :],
+            id="two leaves swapped",
+        ),
         pytest.param(IMAGE[:-1], id="a byte short"),
         pytest.param(IMAGE + b"\0", id="a zero too many"),
         pytest.param(IMAGE[:4096] + bytes(4096) + IMAGE[8192:], id="a page that never came"),

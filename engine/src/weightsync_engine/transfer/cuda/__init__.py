@@ -1,0 +1,1 @@
+"""What runs on an NVIDIA GPU: memory, kernels, and the paths between host and device."""
