@@ -39,7 +39,7 @@ SUBSETS = (
     Lock("agent", "engine/pyproject.toml", OWN),
     Lock("plugin", "requirements/plugin.in"),
     # Triton compiles kernels; a transfer group has none.
-    Lock("torch-cuda", "requirements/torch.in", ("--no-emit-package", "triton")),
+    Lock("torch-cuda", "requirements/cuda.in", ("--no-emit-package", "triton")),
     Lock("torch-deps", "requirements/torch.in", (*NO_GPU, "--no-emit-package", "torch")),
 )
 

@@ -26,15 +26,16 @@ OURS = ("operator", "agent")
 COMPILERS = {"cc", "gcc", "g++", "c++", "clang", "ld", "as", "tcc", "go", "rustc", "make"}
 TORN = """
 import sys, threading, torch
-from weightsync_engine.transfer.gloo import GlooCommunicator, Rendezvous
-there = Rendezvous("127.0.0.1", 0, 2, "nonce", 20)
+from weightsync_engine.transfer.gloo import GlooCommunicator
+from weightsync_engine.transfer.rendezvous import listen, reach
+there = listen("127.0.0.1", 0, 2, "nonce", 20)
 got = torch.zeros(4)
 def other():
-    with_us = GlooCommunicator.join("127.0.0.1", there.port, 1, 2, "nonce", 20)
+    with_us = GlooCommunicator(reach("127.0.0.1", there.port, 1, 2, "nonce", 20))
     with_us.broadcast(got, 0, 20)
 thread = threading.Thread(target=other)
 thread.start()
-there.join().broadcast(torch.arange(4.0), 0, 20)
+GlooCommunicator(there).broadcast(torch.arange(4.0), 0, 20)
 thread.join()
 print(got.tolist())
 """

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from weightsync_contract.messages import Phase, ServingState, TransferState
+from weightsync_contract.messages import Mode as WireMode
+from weightsync_contract.messages import Phase, ServingState, TransferState, Transport
 from weightsync_contract.reasons import FailureCode
 from weightsync_engine.permit import Mode, Permit
 
@@ -55,6 +56,14 @@ async def test_two_versions_over_one_group(fleet):
         assert calls.count("apply") == 2
     # Memory is given back once it is committed.
     assert fleet.operator.pod("member-1").told.transfer.state is TransferState.JOINED
+
+
+async def test_a_tensor_at_a_time(fleet):
+    for name in fleet.agents:
+        await fleet.operator.want(name, transport=Transport(mode=WireMode.PER_TENSOR))
+    published = await fleet.publish(1)
+    await fleet.group()
+    await fleet.bring(published)
 
 
 async def test_a_refused_manifest_stops_nobody_else(fleet):

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from weightsync_engine.transfer.communicator import RendezvousError, TransportError
+from weightsync_engine.transfer.communicator import RendezvousError, RendezvousTimeoutError, TransportError
 from weightsync_engine.transfer.engine import InitInfo, ParallelLayout, UpdateInfo, WeightTransferEngine
-from weightsync_engine.transfer.gloo import GlooCommunicator, Rendezvous
+from weightsync_engine.transfer.gloo import GlooCommunicator
 from weightsync_engine.transfer.packing import as_bytes
+from weightsync_engine.transfer.rendezvous import listen, reach
 
 HOST = "127.0.0.1"
 SECONDS = 20.0
@@ -42,14 +43,14 @@ def update(packed: bool, size: int = 1 << 30, count: int = 2) -> UpdateInfo:
 
 def group(workers: int, use: Callable[[Any, list[WeightTransferEngine]], None]) -> None:
     """A trainer and its workers, each having joined; ``use`` gets the trainer's group and the engines."""
-    rendezvous = Rendezvous(HOST, 0, workers + 1, "n", SECONDS)
+    rendezvous = listen(HOST, 0, workers + 1, "n", SECONDS)
     engines = [
         WeightTransferEngine(ParallelLayout(rank, workers), seconds=SECONDS) for rank in range(workers)
     ]
     info = InitInfo(HOST, rendezvous.port, 1, workers + 1, nonce="n", seconds=SECONDS)
     with ThreadPoolExecutor(workers + 1) as pool:
         joining = [pool.submit(engine.init_transfer_engine, info) for engine in engines]
-        trainer = rendezvous.join()
+        trainer = GlooCommunicator(rendezvous)
         for each in joining:
             each.result(SECONDS)
         try:
@@ -131,7 +132,7 @@ def test_what_is_sent_can_be_made_of_each_pair() -> None:
 
 
 def test_the_trainer_takes_a_mapping_and_is_rank_0() -> None:
-    port = Rendezvous(HOST, 0, 1, "x", SECONDS).port
+    port = listen(HOST, 0, 1, "x", SECONDS).port
     info = {
         "master_address": HOST,
         "master_port": port + 1,
@@ -167,12 +168,12 @@ def test_a_sender_that_goes_is_told_to_the_receiver() -> None:
             with pytest.raises(TransportError):
                 waiting.result(SECONDS)
 
-    rendezvous = Rendezvous(HOST, 0, 2, "n", SECONDS)
+    rendezvous = listen(HOST, 0, 2, "n", SECONDS)
     engine = WeightTransferEngine(ParallelLayout(), seconds=2.0)
     info = InitInfo(HOST, rendezvous.port, 1, 2, nonce="n", seconds=SECONDS)
     with ThreadPoolExecutor(1) as pool:
         joining = pool.submit(engine.init_transfer_engine, info)
-        trainer = rendezvous.join()
+        trainer = GlooCommunicator(rendezvous)
         joining.result(SECONDS)
     use(trainer, [engine])
 
@@ -187,15 +188,15 @@ def test_a_receiver_does_not_wait_longer_than_it_may() -> None:
 
 
 def test_a_stale_rank_0_of_another_epoch_is_no_peer() -> None:
-    rendezvous = Rendezvous(HOST, 0, 2, "old", SECONDS)
+    rendezvous = listen(HOST, 0, 2, "old", SECONDS)
     with pytest.raises(RendezvousError, match="another epoch"):
-        GlooCommunicator.join(HOST, rendezvous.port, 1, 2, "new", 5.0)
+        GlooCommunicator(reach(HOST, rendezvous.port, 1, 2, "new", 5.0))
 
 
 def test_a_wrong_world_size_is_told_by_both_numbers() -> None:
-    rendezvous = Rendezvous(HOST, 0, 3, "n", SECONDS)
+    rendezvous = listen(HOST, 0, 3, "n", SECONDS)
     with pytest.raises(RendezvousError, match="expects 3 ranks, this one 2"):
-        GlooCommunicator.join(HOST, rendezvous.port, 1, 2, "n", 5.0)
+        GlooCommunicator(reach(HOST, rendezvous.port, 1, 2, "n", 5.0))
 
 
 def test_a_port_in_use_is_told_with_what_to_do() -> None:
@@ -204,11 +205,11 @@ def test_a_port_in_use_is_told_with_what_to_do() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RendezvousError, match=r"transport\.port to 0"):
-            Rendezvous(HOST, port, 2, "n", 2.0)
+            listen(HOST, port, 2, "n", 2.0)
 
 
 def test_rank_0_listens_on_its_own_address_only() -> None:
-    rendezvous = Rendezvous(HOST, 0, 2, "n", SECONDS)
+    rendezvous = listen(HOST, 0, 2, "n", SECONDS)
     socket.create_connection((HOST, rendezvous.port), 5.0).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", rendezvous.port), 5.0)
@@ -216,17 +217,17 @@ def test_rank_0_listens_on_its_own_address_only() -> None:
 
 def test_a_rank_outside_of_the_group_is_refused() -> None:
     with pytest.raises(RendezvousError, match="rank 2 is none of a group of 2"):
-        GlooCommunicator.join(HOST, 1, 2, 2, "n", 1.0)
+        GlooCommunicator(reach(HOST, 1, 2, 2, "n", 1.0))
 
 
 def test_a_group_that_nobody_completes_ends_in_time() -> None:
-    rendezvous = Rendezvous(HOST, 0, 2, "n", 1.0)
+    rendezvous = listen(HOST, 0, 2, "n", 1.0)
     done = threading.Event()
     errors: list[BaseException] = []
 
     def join() -> None:
         try:
-            rendezvous.join()
+            GlooCommunicator(rendezvous)
         except RendezvousError as error:
             errors.append(error)
         done.set()
@@ -242,9 +243,34 @@ def test_a_rank_that_comes_before_rank_0_has_said_for_what_it_listens_waits_for_
         port = probe.getsockname()[1]
     store = TCPStore(HOST, port, None, True, timedelta(seconds=SECONDS), wait_for_workers=False)
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(GlooCommunicator.join, HOST, port, 1, 2, "n", SECONDS)
+        joining = pool.submit(reach, HOST, port, 1, 2, "n", SECONDS)
         with pytest.raises(TimeoutError):
             joining.result(0.5)
         store.set("weightsync/group", json.dumps({"nonce": "another", "world_size": 2}))
         with pytest.raises(RendezvousError, match="another epoch"):
             joining.result(SECONDS)
+
+
+def test_ranks_with_another_version_of_the_library_are_told_before_anything_is_connected() -> None:
+    rendezvous = listen(HOST, 0, 2, "n", SECONDS, "NCCL 2.29.7")
+    with pytest.raises(RendezvousError, match=r"has NCCL 2\.29\.7, this rank NCCL 2\.32\.3: .* same image"):
+        reach(HOST, rendezvous.port, 1, 2, "n", 5.0, "NCCL 2.32.3")
+    with pytest.raises(RendezvousError, match=r"has NCCL 2\.29\.7, this rank another one"):
+        reach(HOST, rendezvous.port, 1, 2, "n", 5.0)
+
+
+def test_what_rank_0_tells_is_heard_and_what_it_does_not_tell_is_waited_for_in_vain() -> None:
+    rendezvous = listen(HOST, 0, 2, "n", SECONDS)
+    other = reach(HOST, rendezvous.port, 1, 2, "n", 0.5)
+    rendezvous.tell("id", bytes(range(256)))
+    assert other.hear("id") == bytes(range(256))
+    with pytest.raises(RendezvousTimeoutError, match="rank 0 never told another"):
+        other.hear("another")
+
+
+def test_those_who_do_not_come_are_named_before_a_library_waits_for_them() -> None:
+    rendezvous = listen(HOST, 0, 3, "n", 0.5)
+    rendezvous.enter()
+    reach(HOST, rendezvous.port, 2, 3, "n", 5.0).enter()
+    with pytest.raises(RendezvousTimeoutError, match="in time: 1 never came"):
+        rendezvous.gather()

@@ -43,17 +43,19 @@ class Rank:
 
 
 @contextlib.asynccontextmanager
-async def ranks(count: int, nonce: str = "n", seconds: float = SECONDS) -> AsyncIterator[list[Rank]]:
+async def ranks(
+    count: int, nonce: str = "n", seconds: float = SECONDS, backend: str = "Gloo"
+) -> AsyncIterator[list[Rank]]:
     """Children that have joined one group within ``seconds``, once they are warm."""
     children = [Rank(await ChildProcess.spawn()) for _ in range(count)]
     try:
         first, *others = children
         for each in children:
             await each.until(protocol.Started)
-        await first.tell(protocol.Listen(HOST, 0, count, nonce, seconds))
+        await first.tell(protocol.Listen(HOST, 0, count, nonce, seconds, backend))
         endpoint = (await first.until(protocol.Listening)).endpoint
         for number, each in enumerate(others, 1):
-            await each.tell(protocol.Join(endpoint, nonce, number, count, seconds))
+            await each.tell(protocol.Join(endpoint, nonce, number, count, seconds, backend))
         for each in children:
             await each.until(protocol.Ready)
         yield children

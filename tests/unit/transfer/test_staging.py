@@ -14,6 +14,7 @@ import torch
 from weightsync_engine.transfer import staging
 from weightsync_engine.transfer.flat import broadcast_image, spans
 from weightsync_engine.transfer.gloo import GlooCommunicator, GlooWork
+from weightsync_engine.transfer.rendezvous import listen
 from weightsync_engine.transfer.staging import Staging
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -112,7 +113,7 @@ class CountingGroup(GlooCommunicator):
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_only_so_many_pieces_are_under_way_and_they_land_in_order(in_flight: int) -> None:
-    group = CountingGroup.join("127.0.0.1", 0, 0, 1, "n", 10.0)
+    group = CountingGroup(listen("127.0.0.1", 0, 1, "n", 10.0))
     landed = []
 
     def done(start: int, end: int) -> None:

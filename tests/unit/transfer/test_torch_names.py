@@ -29,7 +29,7 @@ def test_a_broadcast_under_way_can_be_waited_for(name: str) -> None:
     assert callable(getattr(dist.Work, name))
 
 
-@pytest.mark.parametrize("name", ["add", "check", "get", "set", "port"])
+@pytest.mark.parametrize("name", ["add", "check", "get", "set", "wait", "port"])
 def test_the_store_holds_counters_and_strings(name: str) -> None:
     assert hasattr(TCPStore, name)
 
@@ -40,6 +40,6 @@ def test_the_store_waits_for_nobody_and_listens_where_we_say(name: str) -> None:
 
 
 def test_nothing_that_is_unpickled_goes_through_the_store() -> None:
-    import weightsync_engine.transfer.gloo as module
+    import weightsync_engine.transfer.rendezvous as module
 
     assert "pickle" not in inspect.getsource(module)

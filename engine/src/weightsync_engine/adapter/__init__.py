@@ -2,6 +2,7 @@
 
 from weightsync_engine.adapter.engine import (
     ApplyError,
+    ArenaError,
     Engine,
     EngineInfo,
     EngineUnreachableError,
@@ -12,6 +13,7 @@ from weightsync_engine.adapter.http import HttpEngine
 
 __all__ = [
     "ApplyError",
+    "ArenaError",
     "Engine",
     "EngineInfo",
     "EngineUnreachableError",

@@ -15,6 +15,10 @@ class ManifestRefusedError(Exception):
     """The engine's model can't take the manifest; the message names tensors and what to do."""
 
 
+class ArenaError(Exception):
+    """The engine has no memory of its own for a version; the message says why and what to do."""
+
+
 class ApplyError(Exception):
     """A version was not applied. ``clean``: no rank applied anything, and the old weights are whole."""
 
@@ -34,7 +38,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A version in sealed memory, verified: ``nbytes`` bytes in ``fd``, which stays its owner's."""
+    """A version in sealed memory or the engine's arena, verified: ``nbytes`` bytes in ``fd``, its owner's."""
 
     version: VersionId
     layout: str
@@ -55,6 +59,13 @@ class Engine(Protocol):
         """Check that the model can take the manifest; nothing that serves is touched.
 
         Raises ManifestRefusedError, EngineUnreachableError.
+        """
+        ...
+
+    async def arena(self, nbytes: int) -> int:
+        """A descriptor, the caller's, of where a version of ``nbytes`` can be received into the engine's memory.
+
+        It is good for ``apply`` of this boot. Raises ArenaError, EngineUnreachableError.
         """
         ...
 

@@ -13,6 +13,7 @@ from weightsync_contract.manifest import Manifest
 from weightsync_contract.messages import Capability, InFlight
 from weightsync_engine.adapter.engine import (
     ApplyError,
+    ArenaError,
     EngineInfo,
     EngineUnreachableError,
     ManifestRefusedError,
@@ -138,6 +139,18 @@ class HttpEngine:
                 found.setdefault(problem, []).append(status.hello.rank)
         if found:
             raise ManifestRefusedError(_refusal(found))
+
+    async def arena(self, nbytes: int) -> int:
+        """See Engine. Of one rank only: a rank's memory holds the whole image."""
+        world_size = await self._world_size()
+        if world_size != 1:
+            raise ArenaError(
+                f"the engine has {world_size} ranks, and dataPlane.staging Device takes one: set staging to Host"
+            )
+        try:
+            return (await self._workers.ranks(lambda worker: worker.arena(nbytes), world_size))[0]
+        except RankRefusedError as error:
+            raise ArenaError(str(error)) from error
 
     # ---------------------------------------------------------------------------------------- apply
 

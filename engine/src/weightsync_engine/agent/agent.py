@@ -83,6 +83,7 @@ class Agent:
                 manifests,
                 self._staging,
                 self._store,
+                self._engine,
                 config.limit_rate,
                 runner.post,
             )

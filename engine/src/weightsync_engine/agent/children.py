@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from weightsync_contract import logs
 from weightsync_contract.manifest import Manifest, ManifestError
-from weightsync_contract.messages import Mode, Wanted
+from weightsync_contract.messages import Mode, Staging, Wanted
 from weightsync_contract.reasons import FailureCode, Role
+from weightsync_engine.adapter import ArenaError, Engine, EngineUnreachableError
 from weightsync_engine.agent.core import events as core
 from weightsync_engine.agent.core.effects import (
     AllocateStaging,
@@ -65,12 +66,13 @@ class Children:
         manifests: Manifests,
         staging: StagingArea,
         store: VersionStore | None,
+        engine: Engine | None,
         limit_rate: int,
         post: Callable[[core.Event], None],
     ) -> None:
         self._role, self._host, self._limit_rate = role, host, limit_rate
         self._pool, self._manifests, self._staging, self._store = pool, manifests, staging, store
-        self._post = post
+        self._engine, self._post = engine, post
         self._living: dict[int, _Child] = {}
         self._opening: set[asyncio.Task[None]] = set()
 
@@ -79,10 +81,23 @@ class Children:
         group = order.group
         command: Command
         if group.rank == 0:
-            port = order.transport.port
-            command = Listen(self._host, port, group.world_size, group.nonce, order.seconds)
+            command = Listen(
+                self._host,
+                order.transport.port,
+                group.world_size,
+                group.nonce,
+                order.seconds,
+                order.transport.backend,
+            )
         else:
-            command = Join(group.endpoint, group.nonce, group.rank, group.world_size, order.seconds)
+            command = Join(
+                group.endpoint,
+                group.nonce,
+                group.rank,
+                group.world_size,
+                order.seconds,
+                order.transport.backend,
+            )
         child = _Child(order.child, self._pool, self._hear, self._gone)
         self._living[order.child] = child
         child.tell(command)
@@ -101,6 +116,9 @@ class Children:
     def allocate(self, order: AllocateStaging) -> None:
         """Have memory, and have the child map it before it is needed."""
         child = self._living.get(order.child)
+        if order.device:
+            self._start(self._adopt(order))
+            return
         try:
             fd = self._staging.create(order.slot, order.nbytes)
         except StagingError as error:
@@ -110,6 +128,20 @@ class Children:
         if child:
             child.slots.append(order.slot)
             child.tell(Prepare(order.nbytes, PREPARE_SECONDS), fd)
+
+    async def _adopt(self, order: AllocateStaging) -> None:
+        """Have memory of the engine's own."""
+        assert self._engine is not None, "only an engine's agent receives"
+        try:
+            fd = await self._engine.arena(order.nbytes)
+        except (ArenaError, EngineUnreachableError) as error:
+            log.error("no memory of the engine for staging", why=error)
+            self._post(core.StagingFailed(order.slot, str(error)))
+            return
+        child = self._living.get(order.child)
+        if self._staging.adopt(order.slot, fd) and child:
+            child.slots.append(order.slot)
+            child.tell(Prepare(order.nbytes, PREPARE_SECONDS, device=True), fd)
 
     def send(self, order: SendVersion) -> None:
         """Broadcast a stored version."""
@@ -135,6 +167,7 @@ class Children:
             listing,
             order.verify,
             str(wanted.version),
+            transport.staging is Staging.DEVICE,
         )
         child.tell(command, self._staging.fd(order.slot))
 
@@ -162,7 +195,10 @@ class Children:
         await asyncio.gather(*(child.task for child in children), *self._opening, return_exceptions=True)
 
     def _with_stored(self, child: "_Child", wanted: Wanted, use: Callable[[StoredVersion], None]) -> None:
-        task = asyncio.create_task(self._open(child, wanted, use))
+        self._start(self._open(child, wanted, use))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 

@@ -21,10 +21,12 @@ class StagingError(Exception):
 
 
 class StagingArea:
-    """The pieces of memory that an agent holds, by slot."""
+    """The pieces of memory that an agent holds, by slot: its own, or its engine's."""
 
     def __init__(self, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> None:
         self._fds: dict[int, int] = {}
+        self._adopted: set[int] = set()
+        self._dropped = 0
         self._meminfo, self._cgroup = meminfo, cgroup
 
     def create(self, slot: int, nbytes: int) -> int:
@@ -48,8 +50,22 @@ class StagingArea:
         self._fds[slot] = fd
         return fd
 
+    def adopt(self, slot: int, fd: int) -> bool:
+        """Take a descriptor that tells where memory of the engine's own is; False if the slot was dropped meanwhile.
+
+        Then the descriptor is closed. The engine keeps what is there: sealing it changes nothing.
+        """
+        if slot <= self._dropped:
+            os.close(fd)
+            return False
+        self._fds[slot] = fd
+        self._adopted.add(slot)
+        return True
+
     def seal(self, slot: int) -> None:
         """Nobody can write, shrink or grow it any more, the agent itself included. Raises StagingError."""
+        if slot in self._adopted:
+            return
         try:
             fcntl.fcntl(self.fd(slot), fcntl.F_ADD_SEALS, _SEALS)
         except OSError as error:
@@ -64,6 +80,8 @@ class StagingArea:
 
     def drop(self, slot: int) -> None:
         """Give it back; idempotent. Whoever still has it mapped keeps it alive until then."""
+        self._dropped = max(self._dropped, slot)
+        self._adopted.discard(slot)
         fd = self._fds.pop(slot, None)
         if fd is not None:
             os.close(fd)

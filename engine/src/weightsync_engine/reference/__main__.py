@@ -16,6 +16,7 @@ from weightsync_engine.reference.app import Api
 from weightsync_engine.reference.control import Control
 from weightsync_engine.reference.core import Core
 from weightsync_engine.reference.llama import Llama
+from weightsync_engine.worker.arena import open_arena
 from weightsync_engine.worker.protocol import Hello
 from weightsync_engine.worker.server import WorkerServer
 from weightsync_engine.worker.state import WorkerState
@@ -34,6 +35,9 @@ def main() -> None:
         default=1,
         help="ranks that answer on sockets, all in this process",
     )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; WEIGHTSYNC_ARENA=auto keeps an arena there"
+    )
     parser.add_argument("--log-format", choices=logs.FORMATS, default="text")
     arguments = parser.parse_args()
     logs.configure(arguments.log_format)
@@ -44,11 +48,13 @@ def main() -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Load the model, open the ranks' sockets, listen."""
-    core = Core(Llama.read(arguments.model))
+    model = Llama.read(arguments.model, arguments.device)
+    core = Core(model)
     directory = Path(os.environ.get(DIRECTORY, DEFAULT_DIRECTORY))
     size, name = arguments.tensor_parallel_size, f"reference {version('weightsync-engine')}"
     boot = boot_id()
-    ranks = [WorkerState(Hello(boot, rank, size, name, os.getpid())) for rank in range(size)]
+    arena = open_arena(model.device, model.parameters())
+    ranks = [WorkerState(Hello(boot, rank, size, name, os.getpid()), arena) for rank in range(size)]
     for rank, state in enumerate(ranks):
         WorkerServer(directory, str(rank), state).start()
     core.start()

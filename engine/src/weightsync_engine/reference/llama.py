@@ -72,17 +72,22 @@ class Cache:
 class Llama:
     """The weights by their checkpoint names, and what they compute."""
 
-    def __init__(self, config: Config, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: Config, weights: dict[str, Tensor], device: str = "cpu") -> None:
         self.config = config
-        self._weights = {name: tensor.clone() for name, tensor in weights.items()}
+        self.device = torch.device(device)
+        self._weights = {name: tensor.to(self.device, copy=True) for name, tensor in weights.items()}
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         angles = torch.outer(torch.arange(config.positions, dtype=torch.float32), config.rope_theta**-half)
-        self._cos, self._sin = angles.cos(), angles.sin()
+        self._cos, self._sin = angles.cos().to(self.device), angles.sin().to(self.device)
 
     @classmethod
-    def read(cls, directory: Path) -> "Llama":
+    def read(cls, directory: Path, device: str = "cpu") -> "Llama":
         """From a checkpoint in one safetensors file, float32."""
-        return cls(Config.read(directory), load_file(directory / "model.safetensors"))
+        return cls(Config.read(directory), load_file(directory / "model.safetensors"), device)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The weights' tensors."""
+        return self._weights.values()
 
     def check(self, manifest: Manifest) -> tuple[Problem, ...]:
         """Every reason why ``load`` of these tensors would be wrong."""
@@ -103,6 +108,9 @@ class Llama:
         """Overwrite weights with those given."""
         for name, tensor in tensors:
             self._weights[name].copy_(tensor)
+        if self.device.type != "cpu":
+            # What they were copied from may be given back at once.
+            torch.accelerator.synchronize()
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -111,9 +119,9 @@ class Llama:
         start, count = cache.length, len(ids)
         cos, sin = self._cos[start : start + count], self._sin[start : start + count]
         # True where a position may look: at itself and all before it.
-        seen = torch.ones(count, start + count, dtype=torch.bool).tril(start)
+        seen = torch.ones(count, start + count, dtype=torch.bool, device=self.device).tril(start)
         past, cache.layers = cache.layers, []
-        x = weights["model.embed_tokens.weight"][ids]
+        x = weights["model.embed_tokens.weight"][ids.to(self.device)]
         for number in range(config.layers):
             prefix = f"model.layers.{number}"
             normed = self._norm(x, f"{prefix}.input_layernorm.weight")

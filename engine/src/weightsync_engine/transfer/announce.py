@@ -33,7 +33,7 @@ def announce(group: Communicator, announcement: Announcement, seconds: float) ->
     if len(data) > HEADER_BYTES:
         raise ValueError(f"an announcement of {len(data)} bytes: names are too long")
     header = torch.frombuffer(bytearray(data.ljust(HEADER_BYTES)), dtype=torch.uint8)
-    group.broadcast(header, 0, seconds)
+    group.broadcast(header.to(group.device), 0, seconds)
 
 
 def announced(group: Communicator, expected: Announcement, seconds: float) -> Announcement:
@@ -41,10 +41,10 @@ def announced(group: Communicator, expected: Announcement, seconds: float) -> An
 
     Raises TransportError, naming each field that differs.
     """
-    header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+    header = torch.zeros(HEADER_BYTES, dtype=torch.uint8, device=group.device)
     group.broadcast(header, 0, seconds)
     try:
-        found = Announcement(**json.loads(header.numpy().tobytes()))
+        found = Announcement(**json.loads(header.cpu().numpy().tobytes()))
     except (ValueError, TypeError) as error:
         raise TransportError(f"rank 0 sent no announcement: {error}") from error
     wrong = [

@@ -1,18 +1,40 @@
 """The libraries that move bytes, by name."""
 
+from typing import Final
+
 from weightsync_engine.transfer.communicator import Communicator
+from weightsync_engine.transfer.rendezvous import Meeting
+
+GLOO: Final = "Gloo"
+NCCL: Final = "NCCL"
 
 
 class UnsupportedError(ValueError):
-    """Asked for what this release does not have; the message names the release that will."""
+    """There is no such backend; the message says which there are."""
 
 
-def open_communicator(
-    backend: str, host: str, port: int, rank: int, world_size: int, nonce: str, seconds: float
-) -> Communicator:
-    """Join a group by the name of its backend. Raises UnsupportedError, RendezvousError."""
-    if backend == "Gloo":
+def library(backend: str) -> str:
+    """What all ranks of a group must have the same of, as ``NCCL 2.32.3``; empty where any will do.
+
+    Raises UnsupportedError; NcclMissingError, a ValueError, where NCCL can't be used.
+    """
+    if backend == GLOO:
+        return ""
+    if backend == NCCL:
+        from weightsync_engine.transfer.nccl import installed
+
+        return installed()
+    raise UnsupportedError(f"backend {backend!r}: there are {GLOO} and {NCCL}")
+
+
+def open_communicator(backend: str, meeting: Meeting) -> Communicator:
+    """Join the group that meets there. Raises UnsupportedError, RendezvousError."""
+    if backend == GLOO:
         from weightsync_engine.transfer.gloo import GlooCommunicator
 
-        return GlooCommunicator.join(host, port, rank, world_size, nonce, seconds)
-    raise UnsupportedError(f"backend {backend!r}: this release has Gloo; NCCL comes with 0.2")
+        return GlooCommunicator(meeting)
+    if backend == NCCL:
+        from weightsync_engine.transfer.nccl import NcclCommunicator
+
+        return NcclCommunicator(meeting)
+    raise UnsupportedError(f"backend {backend!r}: there are {GLOO} and {NCCL}")

@@ -15,8 +15,8 @@ import time
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final, NoReturn
 
 import torch
@@ -24,9 +24,10 @@ import torch
 from weightsync_contract.manifest import Manifest
 from weightsync_contract.messages import Mode
 from weightsync_contract.reasons import FailureCode
-from weightsync_engine.digest import ImageDigest
-from weightsync_engine.transfer import protocol, staging
+from weightsync_engine.transfer import protocol
 from weightsync_engine.transfer.announce import Announcement, announce, announced
+from weightsync_engine.transfer.backends import library, open_communicator
+from weightsync_engine.transfer.carriers import Carrier, HostCarrier, Route, carrier_for
 from weightsync_engine.transfer.communicator import (
     Communicator,
     RendezvousError,
@@ -35,7 +36,9 @@ from weightsync_engine.transfer.communicator import (
     TransportTimeoutError,
 )
 from weightsync_engine.transfer.flat import Limit, Span, broadcast_image, piece_bytes, spans, tensor_spans
-from weightsync_engine.transfer.gloo import GlooCommunicator, Rendezvous
+from weightsync_engine.transfer.landing import HostLanding, Landing
+from weightsync_engine.transfer.rendezvous import Meeting, listen, reach
+from weightsync_engine.transfer.staging import key
 
 PROGRESS_SECONDS: Final = 0.2
 _READ_BYTES: Final = 1 << 20
@@ -52,11 +55,12 @@ class Child:
         self._socket = connection
         self._lock = threading.Lock()
         self._group: Communicator | None = None
+        self._carrier: Carrier = HostCarrier()
         self._moved = 0
         self._rate = 0.0
         """Bytes a second of the last image that this rank sent to this group; 0 before the first."""
-        self._prepared: staging.Staging | None = None
-        self._filled: staging.Staging | None = None
+        self._prepared: Landing | None = None
+        self._filled: Landing | None = None
 
     def run(self) -> NoReturn:
         """Do what is told until the parent is gone."""
@@ -118,16 +122,7 @@ class Child:
             case protocol.Listen():
                 self._listen(command)
             case protocol.Join():
-                host, _, port = command.endpoint.rpartition(":")
-                self._group = GlooCommunicator.join(
-                    host.strip("[]"),
-                    int(port),
-                    command.rank,
-                    command.world_size,
-                    command.nonce,
-                    command.seconds,
-                )
-                self.say(protocol.Ready())
+                self._reach(command)
             case protocol.SendManifest():
                 self._send_manifest(command)
             case protocol.ReceiveManifest():
@@ -140,12 +135,34 @@ class Child:
                 self._receive(command, fd)
 
     def _listen(self, command: protocol.Listen) -> None:
-        rendezvous = Rendezvous(
-            command.host, command.port, command.world_size, command.nonce, command.seconds
+        meeting = listen(
+            command.host,
+            command.port,
+            command.world_size,
+            command.nonce,
+            command.seconds,
+            library(command.backend),
         )
         host = f"[{command.host}]" if ":" in command.host else command.host
-        self.say(protocol.Listening(f"{host}:{rendezvous.port}"))
-        self._group = rendezvous.join()
+        self.say(protocol.Listening(f"{host}:{meeting.port}"))
+        self._join(command.backend, meeting)
+
+    def _reach(self, command: protocol.Join) -> None:
+        host, _, port = command.endpoint.rpartition(":")
+        meeting = reach(
+            host.strip("[]"),
+            int(port),
+            command.rank,
+            command.world_size,
+            command.nonce,
+            command.seconds,
+            library(command.backend),
+        )
+        self._join(command.backend, meeting)
+
+    def _join(self, backend: str, meeting: Meeting) -> None:
+        self._group = open_communicator(backend, meeting)
+        self._carrier = carrier_for(self._group)
         self.say(protocol.Ready())
 
     @property
@@ -158,34 +175,41 @@ class Child:
         data = zlib.compress(command.data.encode())
         announce(self._joined, Announcement("manifest", len(data), layout=command.layout), command.seconds)
         packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self._joined.broadcast(packed, 0, command.seconds)
+        self._joined.broadcast(packed.to(self._joined.device), 0, command.seconds)
         self.say(protocol.ManifestSent())
 
     def _receive_manifest(self, command: protocol.ReceiveManifest) -> None:
         length = announced(self._joined, Announcement("manifest", 0), command.seconds).nbytes
         if not 0 < length <= _MAX_MANIFEST_BYTES:
             raise TransportError(f"rank 0 announced a manifest of {length} bytes")
-        data = torch.zeros(length, dtype=torch.uint8)
+        data = torch.zeros(length, dtype=torch.uint8, device=self._joined.device)
         self._joined.broadcast(data, 0, command.seconds)
-        text = zlib.decompressobj().decompress(data.numpy().tobytes(), _MAX_MANIFEST_BYTES)
+        text = zlib.decompressobj().decompress(data.cpu().numpy().tobytes(), _MAX_MANIFEST_BYTES)
         manifest = Manifest.decode(text)
         self.say(protocol.ManifestReceived(manifest.layout, text.decode()))
 
     def _prepare(self, command: protocol.Prepare, fd: int) -> None:
         self._forget()
-        self._prepared = staging.Staging(fd, command.nbytes)
+        self._prepared = self._have(command, fd)
         self.say(protocol.Prepared())
+
+    def _have(self, command: protocol.Prepare | protocol.Receive, fd: int) -> Landing:
+        if command.device:
+            from weightsync_engine.transfer.cuda.arena import ArenaLanding
+
+            return ArenaLanding(fd, command.nbytes)
+        return HostLanding(fd, command.nbytes, self._carrier)
 
     def _forget(self) -> None:
         prepared, self._prepared = self._prepared, None
         if prepared:
             prepared.close()
 
-    def _staging(self, command: protocol.Receive, fd: int) -> staging.Staging:
+    def _landing(self, command: protocol.Receive, fd: int) -> Landing:
         """What was prepared, if it is this file."""
-        if self._prepared is None or self._prepared.key != staging.key(fd, command.nbytes):
+        if self._prepared is None or self._prepared.key != key(fd, command.nbytes):
             self._forget()
-            return staging.Staging(fd, command.nbytes)
+            return self._have(command, fd)
         prepared, self._prepared = self._prepared, None
         return prepared
 
@@ -202,18 +226,15 @@ class Child:
         announce(self._joined, _announcement(command, longest), command.seconds)
         # Not closed after a failure: gloo's threads may still read it, and the process ends.
         memory = mmap.mmap(fd, command.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        limit = Limit(command.limit_rate)
+        began = time.monotonic()
         with warnings.catch_warnings():
             # torch warns that the memory is read-only; so it is meant.
             warnings.simplefilter("ignore", UserWarning)
-            image = torch.frombuffer(memory, dtype=torch.uint8)
-        limit = Limit(command.limit_rate)
-
-        def piece(start: int, end: int) -> torch.Tensor:
-            limit.after(start)
-            return image[start:end]
-
-        began = time.monotonic()
-        self._move(command, _pieces(command, longest), deadline, piece, lambda *_: None)
+            pieces = _pieces(command, longest)
+            longest, count = _longest(pieces), command.num_buffers
+            route = self._carrier.sending(memory, command.nbytes, longest, count, self._came)
+            self._move(command, pieces, deadline, route, limit)
         self._rate = command.nbytes / max(time.monotonic() - began, 1e-6)
         memory.close()
         self.say(protocol.Sent())
@@ -223,36 +244,33 @@ class Child:
         longest = announced(self._joined, _announcement(command, 0), command.seconds).piece_bytes
         if longest < 1:
             raise TransportError(f"rank 0 announced pieces of {longest} bytes")
-        digest = ImageDigest(command.layout)
-        self._filled = self._staging(command, fd)
-        memory = self._filled.memory
+        self._filled = landing = self._landing(command, fd)
+        pieces = _pieces(command, longest)
+        longest, count = _longest(pieces), command.num_buffers
+        route = landing.receiving(command.layout, command.verify, longest, count, self._came)
+        self._move(command, pieces, deadline, route, Limit(0))
+        self.say(protocol.Received(landing.digest()))
 
-        def piece(start: int, end: int) -> torch.Tensor:
-            return torch.frombuffer(memory, dtype=torch.uint8, count=end - start, offset=start)
-
-        def done(start: int, end: int) -> None:
-            if command.verify:
-                with memoryview(memory) as view, view[start:end] as part:
-                    digest.update(part)
-
-        self._move(command, _pieces(command, longest), deadline, piece, done)
-        self.say(protocol.Received(digest.value() if command.verify else ""))
+    def _came(self, start: int, end: int) -> None:
+        self._moved = end
 
     def _move(
         self,
         command: protocol.Send | protocol.Receive,
-        pieces: Iterator[Span],
+        pieces: list[Span],
         deadline: float,
-        piece: Callable[[int, int], torch.Tensor],
-        done: Callable[[int, int], None],
+        carried: AbstractContextManager[Route],
+        limit: Limit,
     ) -> None:
-        def landed(start: int, end: int) -> None:
-            done(start, end)
-            self._moved = end
-
         self._moved = 0
-        with self._telling_progress():
-            broadcast_image(self._joined, piece, pieces, command.num_buffers, deadline, landed)
+        with self._telling_progress(), carried as route:
+
+            def piece(start: int, end: int) -> torch.Tensor:
+                limit.after(start)
+                return route.piece(start, end)
+
+            broadcast_image(self._joined, piece, iter(pieces), command.num_buffers, deadline, route.landed)
+            route.finish()
 
     @contextmanager
     def _telling_progress(self) -> Iterator[None]:
@@ -275,10 +293,14 @@ def _announcement(command: protocol.Send | protocol.Receive, longest: int) -> An
     return Announcement("image", command.nbytes, longest, command.layout, command.version, command.mode.value)
 
 
-def _pieces(command: protocol.Send | protocol.Receive, longest: int) -> Iterator[Span]:
+def _pieces(command: protocol.Send | protocol.Receive, longest: int) -> list[Span]:
     if command.mode is Mode.PER_TENSOR:
-        return tensor_spans(Manifest.decode(command.manifest))
-    return spans(command.nbytes, longest)
+        return list(tensor_spans(Manifest.decode(command.manifest)))
+    return list(spans(command.nbytes, longest))
+
+
+def _longest(pieces: list[Span]) -> int:
+    return max((end - start for start, end in pieces), default=0)
 
 
 def _code(command: protocol.Command, error: Exception) -> FailureCode:

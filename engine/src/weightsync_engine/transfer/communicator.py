@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -17,11 +18,14 @@ class Communicator(Protocol):
 
     rank: int
     world_size: int
+    device: torch.device
+    """Where tensors have to be to be broadcast."""
 
     def broadcast_async(self, tensor: Tensor, src: int, seconds: float) -> Work:
         """Begin to bring ``tensor`` (contiguous, equally long on all ranks) from ``src`` to everybody.
 
-        The memory is the broadcast's until it is done. One that takes longer than ``seconds`` ends the group.
+        The memory is the broadcast's until it is done. One that takes longer than ``seconds`` ends the group. On a
+        GPU it begins when all that the current stream was given before is done.
         """
 
     def broadcast(self, tensor: Tensor, src: int, seconds: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from weightsync_engine.transfer.backends import open_communicator
+from weightsync_engine.transfer.backends import library, open_communicator
 from weightsync_engine.transfer.communicator import Communicator
 from weightsync_engine.transfer.packing import (
     DEFAULT_BUFFER_BYTES,
@@ -23,6 +23,7 @@ from weightsync_engine.transfer.packing import (
     receive_packed,
     send_packed,
 )
+from weightsync_engine.transfer.rendezvous import listen, reach
 
 DEFAULT_SECONDS: Final = 300.0
 """Longest wait for the group to come about, and for any single broadcast."""
@@ -120,7 +121,7 @@ class WeightTransferEngine:
             )
             return
         for each in update_info.described():
-            tensor = torch.empty(each.shape, dtype=each.dtype)
+            tensor = torch.empty(each.shape, dtype=each.dtype, device=self.group.device)
             if tensor.numel():
                 self.group.broadcast(tensor.view(-1).view(torch.uint8), 0, self._seconds)
             load_weights([(each.name, tensor)])
@@ -165,6 +166,10 @@ class WeightTransferEngine:
 
 
 def _open(info: InitInfo, rank: int) -> Communicator:
-    return open_communicator(
-        info.backend, info.master_address, info.master_port, rank, info.world_size, info.nonce, info.seconds
-    )
+    host, port, size = info.master_address, info.master_port, info.world_size
+    same = library(info.backend)
+    if rank == 0:
+        meeting = listen(host, port, size, info.nonce, info.seconds, same)
+    else:
+        meeting = reach(host, port, rank, size, info.nonce, info.seconds, same)
+    return open_communicator(info.backend, meeting)

@@ -111,7 +111,7 @@ def receive_packed(
     While one chunk is loaded the next ones are on their way. Loaded tensors are only valid until ``load`` returns:
     their buffer is used again.
     """
-    buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(num_buffers)]
+    buffers = [torch.empty(0, dtype=torch.uint8, device=group.device) for _ in range(num_buffers)]
     flying: deque[tuple[Work | None, Tensor, list[Described]]] = deque()
 
     def land() -> None:
@@ -128,7 +128,7 @@ def receive_packed(
         size = sum(each.nbytes for each in members)
         slot = number % num_buffers
         if buffers[slot].numel() < size:
-            buffers[slot] = torch.empty(size, dtype=torch.uint8)
+            buffers[slot] = torch.empty(size, dtype=torch.uint8, device=group.device)
         data = buffers[slot][:size]
         flying.append((group.broadcast_async(data, src, seconds) if size else None, data, members))
     while flying:

@@ -28,6 +28,7 @@ class Listen:
     world_size: int
     nonce: str
     seconds: float
+    backend: str = "Gloo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Join:
     rank: int
     world_size: int
     seconds: float
+    backend: str = "Gloo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Prepare:
 
     nbytes: int
     seconds: float
+    device: bool = False
+    """The file tells where an engine's arena is (``cuda.place``), and that is what is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,8 @@ class Receive:
     """Without it ``Received.digest`` is empty."""
     version: str = ""
     """What rank 0 has to announce; empty for anything."""
+    device: bool = False
+    """As for ``Prepare``."""
 
 
 # --------------------------------------------------------------------------------------------- events

@@ -21,6 +21,7 @@ from weightsync_engine.guard.middleware import DEFAULT_DIRECTORY, DIRECTORY
 from weightsync_engine.vllm.agreement import all_ranks
 from weightsync_engine.vllm.load import Loaded, Loader, is_tied
 from weightsync_engine.vllm.preflight import check
+from weightsync_engine.worker.arena import open_arena
 from weightsync_engine.worker.protocol import Hello, Problem
 from weightsync_engine.worker.server import WorkerServer
 from weightsync_engine.worker.session import UpdateSession, image_of
@@ -69,7 +70,9 @@ class WeightSyncBackend(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ig
                 "weightsync updates one data parallel rank an engine in this release: start an engine (a pod) each"
             )
         rank, size = parallel.rank, parallel.world_size
-        state = WorkerState(Hello(boot_id(), rank, size, f"vllm {__version__}", os.getpid()))
+        hello = Hello(boot_id(), rank, size, f"vllm {__version__}", os.getpid())
+        # Before vLLM measures what is left for its KV cache.
+        state = WorkerState(hello, open_arena(device, model.parameters()))
         self._session = UpdateSession(state, self._check, self._load)
         self._server = WorkerServer(Path(os.environ.get(DIRECTORY, DEFAULT_DIRECTORY)), str(rank), state)
         self._loader = Loader(model, self.model_config, device, _no_plan(vllm_config))

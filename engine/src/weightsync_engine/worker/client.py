@@ -2,6 +2,7 @@
 
 import array
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -49,6 +50,18 @@ class WorkerClient:
         """Give it a version's staged memory; ``fd`` stays the caller's."""
         self._ask({"op": "attach", "nbytes": nbytes, **to_document(image)}, fd)
 
+    def arena(self, nbytes: int) -> int:
+        """A descriptor, the caller's from here on, of this rank's device memory for ``nbytes``."""
+        received: list[int] = []
+        try:
+            self._ask({"op": "arena", "nbytes": nbytes}, received=received)
+            return received.pop(0)
+        except IndexError:
+            raise UnreachableError(f"{self._path}: an answer without a descriptor") from None
+        finally:
+            for fd in received:
+                os.close(fd)
+
     def drop(self) -> None:
         """Let it let go of the staged memory."""
         self._ask({"op": "drop"})
@@ -63,7 +76,10 @@ class WorkerClient:
         except MalformedError as error:
             raise UnreachableError(f"{self._path}: an answer of another form: {error}") from error
 
-    def _ask(self, question: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
+    def _ask(
+        self, question: dict[str, Any], fd: int | None = None, received: list[int] | None = None
+    ) -> dict[str, Any]:
+        """Descriptors that come with the answer go to ``received``; without it none can come."""
         until = time.monotonic() + self._seconds
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -75,7 +91,7 @@ class WorkerClient:
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
                     data = data[connection.sendmsg([data], rights) :]
                 connection.sendall(data)
-                answer = json.loads(_read_line(connection, until))
+                answer = json.loads(_read_line(connection, until, received))
         except (OSError, ValueError) as error:
             raise UnreachableError(f"{self._path}: {error!r}") from error
         if not isinstance(answer, dict):
@@ -85,11 +101,15 @@ class WorkerClient:
         return answer
 
 
-def _read_line(connection: socket.socket, until: float) -> bytes:
+def _read_line(connection: socket.socket, until: float, received: list[int] | None) -> bytes:
     line = bytearray()
     while not line.endswith(b"\n"):
         connection.settimeout(max(0.001, until - time.monotonic()))
-        data = connection.recv(1 << 16)
+        if received is None:
+            data = connection.recv(1 << 16)
+        else:
+            data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 4)
+            received.extend(fds)
         if not data:
             raise ConnectionError("closed without an answer")
         line += data

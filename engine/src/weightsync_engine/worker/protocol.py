@@ -1,12 +1,14 @@
 """Questions and answers: one JSON object a line each way over a Unix stream socket, one question at a time.
 
 A question is ``{"op": ..., ...}``; the answer ``{"ok": true, ...}`` or ``{"ok": false, "error": ...}``.
-``attach`` carries the file descriptor of the staged memory (SCM_RIGHTS) with its first byte.
+``attach`` carries the file descriptor of the staged memory (SCM_RIGHTS) with its first byte, and the answer to
+``arena`` one that tells where the engine's own is.
 
 | op       | with                       | answer                                                      |
 |----------|----------------------------|-------------------------------------------------------------|
 | hello    |                            | Hello                                                       |
 | manifest | layout, data (JSON text)   | kept until another one comes; what preflight and apply use  |
+| arena    | nbytes                     | a descriptor of this rank's arena, which nothing lies in    |
 | attach   | Image, nbytes, descriptor  | mapped; refused unless sealed and of the manifest's size    |
 | status   |                            | WorkerStatus                                                |
 | drop     |                            | what is attached is let go, unless it is being applied      |

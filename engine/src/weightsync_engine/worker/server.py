@@ -117,6 +117,9 @@ class WorkerServer:
                 _send(connection, {"ok": True})
                 self._end()
                 return False
+            if op == "arena":
+                _send(connection, {"ok": True}, self._state.arena(_size(question)))
+                return True
             answer = self._handlers[op](question, fds[0] if fds else None)
         except RefusedError as error:
             _send(connection, {"ok": False, "error": str(error)})
@@ -135,10 +138,14 @@ class WorkerServer:
     def _attach(self, question: dict[str, Any], fd: int | None) -> None:
         if fd is None:
             raise RefusedError("attach without a file descriptor")
-        nbytes = question["nbytes"]
-        if type(nbytes) is not int:
-            raise RefusedError("nbytes is a whole number")
-        self._state.attach(from_document(Image, question), nbytes, fd)
+        self._state.attach(from_document(Image, question), _size(question), fd)
+
+
+def _size(question: dict[str, Any]) -> int:
+    nbytes = question["nbytes"]
+    if type(nbytes) is not int:
+        raise RefusedError("nbytes is a whole number")
+    return nbytes
 
 
 def _read(connection: socket.socket, fds: list[int]) -> bytes | None:
@@ -159,6 +166,10 @@ def _read(connection: socket.socket, fds: list[int]) -> bytes | None:
     return bytes(line)
 
 
-def _send(connection: socket.socket, answer: dict[str, Any]) -> None:
+def _send(connection: socket.socket, answer: dict[str, Any], fd: int | None = None) -> None:
+    """With a descriptor, which stays ours, where the answer has one."""
     connection.settimeout(READ_SECONDS)
-    connection.sendall(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
+    data = json.dumps(answer, separators=(",", ":")).encode() + b"\n"
+    if fd is not None:
+        data = data[socket.send_fds(connection, [data], [fd]) :]
+    connection.sendall(data)

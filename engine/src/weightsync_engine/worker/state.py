@@ -5,9 +5,15 @@ import mmap
 import os
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from weightsync_contract.manifest import Manifest, ManifestError
 from weightsync_engine.worker.protocol import SEALS, Hello, Image, Preflight, Problem, WorkerStatus
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weightsync_engine.worker.arena import Arena
 
 
 class RefusedError(Exception):
@@ -16,7 +22,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Attached:
-    """An image in this process's memory.
+    """An image in this process's memory: mapped, or in its arena on the GPU.
 
     The mapping is private: it reads the sealed pages themselves, and a loader that changes in place what it
     is given changes a copy of its own.
@@ -24,14 +30,15 @@ class Attached:
 
     image: Image
     manifest: Manifest
-    memory: mmap.mmap
+    memory: "mmap.mmap | Tensor"
 
 
 class WorkerState:
     """Every method may be called from any thread. Raises RefusedError where it says no."""
 
-    def __init__(self, hello: Hello) -> None:
+    def __init__(self, hello: Hello, arena: "Arena | None" = None) -> None:
         self.hello = hello
+        self._arena = arena
         self._lock = threading.Lock()
         self._manifest: Manifest | None = None
         self._preflight: Preflight | None = None
@@ -68,6 +75,25 @@ class WorkerState:
             if self._manifest is None or self._manifest.layout != layout:
                 self._manifest, self._preflight = manifest, None
 
+    def arena(self, nbytes: int) -> int:
+        """A descriptor, this state's own, of device memory to receive ``nbytes`` into.
+
+        Refused where there is none, or not so much, and while an image in it is attached.
+        """
+        with self._lock:
+            if self._arena is None:
+                raise RefusedError(
+                    "this engine keeps no arena for dataPlane.staging Device: start it with WEIGHTSYNC_ARENA=auto"
+                )
+            if nbytes > self._arena.nbytes:
+                raise RefusedError(
+                    f"the engine's arena has {self._arena.nbytes} bytes, and the version {nbytes}: "
+                    f"start the engine with WEIGHTSYNC_ARENA={nbytes} or more"
+                )
+            if self._attached is not None:
+                raise RefusedError(f"{self._attached.image} is attached")
+            return self._arena.fd
+
     def attach(self, image: Image, nbytes: int, fd: int) -> None:
         """Map staged memory. Refused unless it is sealed, of the kept manifest's layout and of its size.
 
@@ -82,7 +108,10 @@ class WorkerState:
                 raise RefusedError(f"the kept manifest is {kept}, not {image.layout}: send it first")
             if nbytes != manifest.nbytes:
                 raise RefusedError(f"{nbytes} bytes, but the manifest's image has {manifest.nbytes}")
-            self._attached = Attached(image, manifest, _map(fd, nbytes))
+            if self._arena is not None and self._arena.is_place(fd):
+                self._attached = Attached(image, manifest, self._arena.image(nbytes))
+            else:
+                self._attached = Attached(image, manifest, _map(fd, nbytes))
             self._error = ""
 
     def drop(self) -> None:

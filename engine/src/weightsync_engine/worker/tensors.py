@@ -1,4 +1,4 @@
-"""A version's tensors, as views of the memory that it is staged in."""
+"""A version's tensors, as views of the memory that it is staged in, on the host or on the GPU."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,10 @@ def views(attached: Attached) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _view(attached: Attached, spec: TensorSpec, offset: int) -> torch.Tensor:
     dtype = dtype_of(spec.dtype)
+    memory = attached.memory
+    if isinstance(memory, torch.Tensor):
+        return memory[offset : offset + spec.nbytes].view(dtype).view(spec.shape)
     if not spec.nbytes:
         return torch.empty(spec.shape, dtype=dtype)
     count = spec.nbytes // dtype.itemsize
-    return torch.frombuffer(attached.memory, dtype=dtype, count=count, offset=offset).view(spec.shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(spec.shape)

@@ -89,7 +89,7 @@ class RestartEngine:
 
 @dataclass(frozen=True, slots=True)
 class AllocateStaging:
-    """Have ``nbytes`` bytes of memory, mapped by the child already.
+    """Have ``nbytes`` bytes of memory, mapped by the child already; ``device``: in the engine's arena.
 
     Answer: StagingAllocated, StagingFailed, ChildFailed.
     """
@@ -97,6 +97,7 @@ class AllocateStaging:
     slot: int
     child: int
     nbytes: int
+    device: bool = False
 
 
 @dataclass(frozen=True, slots=True)

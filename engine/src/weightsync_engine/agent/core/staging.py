@@ -2,16 +2,30 @@
 
 from dataclasses import replace
 
-from weightsync_contract.messages import ServingState, TransferState
+from weightsync_contract.messages import ServingState, Staging, TransferState
 from weightsync_engine.agent.core.effects import AllocateStaging, DropStaging, Effects, SealStaging
 from weightsync_engine.agent.core.state import SEAL_SECONDS, UNMAP_RATE, StagingSide, StagingState, State
 
 
 def allocate(state: State, nbytes: int) -> tuple[State, Effects]:
     """Have a new piece, of which nobody else has a mapping."""
-    slot = state.slots + 1
-    staging = StagingSide(StagingState.ALLOCATING, slot, nbytes)
-    return replace(state, staging=staging, slots=slot), (AllocateStaging(slot, state.transfer.child, nbytes),)
+    slot, device = state.slots + 1, on_device(state)
+    staging = StagingSide(StagingState.ALLOCATING, slot, nbytes, device)
+    order = AllocateStaging(slot, state.transfer.child, nbytes, device)
+    return replace(state, staging=staging, slots=slot), (order,)
+
+
+def on_device(state: State) -> bool:
+    """Versions are to be received into the engine's own memory."""
+    desired = state.desired.taken
+    return desired is not None and desired.transport.staging is Staging.DEVICE
+
+
+def writable(state: State, nbytes: int) -> bool:
+    """There is memory of this size, of the kind that is wanted, to receive into."""
+    side = state.staging
+    kind = (side.nbytes, side.device) == (nbytes, on_device(state))
+    return side.state is StagingState.WRITABLE and kind
 
 
 def drop(state: State) -> tuple[State, Effects]:

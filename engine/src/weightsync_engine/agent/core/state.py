@@ -135,6 +135,8 @@ class StagingSide:
     state: StagingState = StagingState.NONE
     slot: int = 0
     nbytes: int = 0
+    device: bool = False
+    """It is the engine's own, and gone with its boot."""
     wanted: Wanted | None = None
     """What is in it: set once its receive began."""
     digest: str = ""

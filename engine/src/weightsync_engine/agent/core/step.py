@@ -106,7 +106,9 @@ def _hear(state: State, event: Event, now: float) -> Outcome:  # noqa: PLR0911, 
         case ReleasedReceived():
             return desired.release(state, event.released)
         case EngineSeen():
-            return serving.seen(state, event, now), ()
+            rebooted = state.engine.boot not in ("", event.boot)
+            state = serving.seen(state, event, now)
+            return transfer.arena_lost(state, now) if rebooted else (state, ())
         case EngineGone():
             return _gone(state), ()
         case PreflightEnded():

@@ -170,6 +170,19 @@ def staging_failed(state: State, event: StagingFailed, now: float) -> Outcome:
     return _declined(state, version, FailureCode.STAGING_FAILED, event.message)
 
 
+def arena_lost(state: State, now: float) -> Outcome:
+    """Another engine runs: what lay in the memory of the one before is gone with it."""
+    if not state.staging.device or state.staging.state is StagingState.NONE:
+        return state, ()
+    receiving = state.transfer.state is TransferState.RECEIVING
+    state, dropped = staging.drop(state)
+    if not receiving:
+        return state, dropped
+    message = "the engine restarted, and with it went the memory that the version was received into"
+    state, failed = _fail(state, FailureCode.STAGING_FAILED, message, now)
+    return state, (*dropped, *failed)
+
+
 def _brought_it(state: State) -> bool:
     """What is being sealed is what this group brought last, not what one before it brought."""
     return state.transfer.state is TransferState.JOINED and state.transfer.child == state.staging.child
@@ -362,7 +375,7 @@ def _memory(state: State, wanted: Wanted) -> bool:
     side = state.staging
     if side.state in (StagingState.SEALING, StagingState.STAGED):
         return True
-    return side.state is StagingState.WRITABLE and side.nbytes == wanted.total_bytes
+    return staging.writable(state, wanted.total_bytes)
 
 
 def _checking(state: State, now: float) -> Outcome:
@@ -432,7 +445,7 @@ def _receive(state: State, wanted: Wanted, now: float) -> Outcome:
     side, desired = state.transfer, state.desired.taken
     assert desired is not None
     memory = state.staging
-    if memory.state is StagingState.WRITABLE and memory.nbytes == wanted.total_bytes:
+    if staging.writable(state, wanted.total_bytes):
         seconds = max(side.deadline - now, 0.0)
         order = ReceiveVersion(side.child, memory.slot, wanted, desired.transport, seconds, side.verify)
         return _set(state, moving=True), (order,)
