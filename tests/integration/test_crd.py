@@ -108,13 +108,13 @@ BAD = {
         {"transport": {"bufferSize": "4Ki"}},
         "bufferSize must be a quantity from 1Mi to 64Gi",
     ),
-    "NCCL on the host path": (
-        {"transport": {"backend": "NCCL"}, "dataPlane": {"staging": "Host"}},
-        "staging Host goes by Gloo, staging Device and type Engine go by NCCL",
-    ),
     "Gloo into GPU memory": (
         {"transport": {"backend": "Gloo"}, "dataPlane": {"staging": "Device"}},
-        "staging Host goes by Gloo, staging Device and type Engine go by NCCL",
+        "it reaches the host's memory only, and staging Device and type Engine go by NCCL",
+    ),
+    "Gloo with the engine's own workers": (
+        {"transport": {"backend": "Gloo"}, "dataPlane": {"type": "Engine"}, "verification": "None"},
+        "transport.backend Gloo does not fit dataPlane",
     ),
     "Engine with staging": (
         {"dataPlane": {"type": "Engine", "staging": "Host"}, "verification": "None"},
@@ -283,7 +283,10 @@ GOOD: dict[str, dict[str, Any]] = {
         "paused": True,
     },
     "later: the engine's own workers": {"dataPlane": {"type": "Engine"}, "verification": "None"},
-    "later: GPU memory": {"dataPlane": {"staging": "Device"}, "transport": {"backend": "NCCL"}},
+    "GPU memory": {"dataPlane": {"staging": "Device"}, "transport": {"backend": "NCCL"}},
+    "GPU memory, by NCCL without saying so": {"dataPlane": {"staging": "Device"}},
+    "NCCL into the host's memory": {"dataPlane": {"staging": "Host"}, "transport": {"backend": "NCCL"}},
+    "a tensor at a time": {"transport": {"mode": "PerTensor"}},
     "waves": {"strategy": {"steps": [{"members": 1, "pause": {}}, {"members": "100%"}]}},
     "checks": {
         "strategy": {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
-from weightsync_contract.messages import InFlight, Mode, Timeouts, Transport
+from weightsync_contract.messages import InFlight, Mode, Staging, Timeouts, Transport
 from weightsync_operator.core.model import InitialWeights, OnFailure, Pin, Requirement, Selector, Spec
 from weightsync_operator.core.strategy import COUNT, parse_waves
 
@@ -44,11 +44,12 @@ def _parse(document: Mapping[str, Any]) -> Spec:
         initial_weights=InitialWeights(inference.get("initialWeights", InitialWeights.WITHHOLD)),
         in_flight=InFlight(inference.get("inFlightRequests", InFlight.KEEP)),
         transport=Transport(
-            backend=transport.get("backend", "Gloo"),
+            backend=_backend(document),
             mode=Mode(transport.get("mode", Mode.PACKED)),
             buffer_bytes=parse_quantity(transport.get("bufferSize", "256Mi")),
             num_buffers=int(transport.get("numBuffers", 3)),
             port=int(transport.get("port", 0)),
+            staging=_staging(document),
         ),
         verify=document.get("verification", "Digest") == "Digest",
         max_unavailable=_max_unavailable(strategy.get("maxUnavailable", "25%")),
@@ -68,17 +69,23 @@ def _parse(document: Mapping[str, Any]) -> Spec:
 
 def unsupported(document: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields whose work comes with a later release, each with what it asks for."""
-    plane, transport = (_section(document, key) for key in ("dataPlane", "transport"))
+    plane = _section(document, "dataPlane")
     found = []
     if plane.get("type", "Sidecar") != "Sidecar":
         found.append(f"dataPlane.type {plane['type']} ({PLANNED})")
-    if plane.get("staging", "Host") != "Host":
-        found.append(f"dataPlane.staging {plane['staging']} ({PLANNED})")
-    if transport.get("backend", "Gloo") != "Gloo":
-        found.append(f"transport.backend {transport['backend']} ({PLANNED})")
-    if transport.get("mode", "Packed") != "Packed":
-        found.append(f"transport.mode {transport['mode']} ({PLANNED})")
     return tuple(found)
+
+
+def _staging(document: Mapping[str, Any]) -> Staging:
+    """With type Engine there is none; it moves nothing in this release."""
+    given = _section(document, "dataPlane").get("staging", Staging.HOST)
+    return Staging.HOST if given == "None" else Staging(given)
+
+
+def _backend(document: Mapping[str, Any]) -> str:
+    """Gloo reaches the host's memory only; where NCCL is a choice, it is one that somebody made."""
+    usual = "NCCL" if _staging(document) is Staging.DEVICE else "Gloo"
+    return str(_section(document, "transport").get("backend", usual))
 
 
 def _section(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:

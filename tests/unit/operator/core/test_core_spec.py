@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsync_contract.messages import InFlight, Mode, Timeouts, Transport
+from weightsync_contract.messages import InFlight, Mode, Staging, Timeouts, Transport
 from weightsync_operator.core.model import (
     Check,
     HttpCheck,
@@ -98,14 +98,30 @@ def test_every_field_is_read() -> None:
     ("section", "field"),
     [
         ({"dataPlane": {"type": "Engine"}, "verification": "None"}, "dataPlane.type Engine"),
-        ({"dataPlane": {"staging": "Device"}}, "dataPlane.staging Device"),
-        ({"dataPlane": {"staging": "None"}}, "dataPlane.staging None"),
-        ({"transport": {"backend": "NCCL"}}, "transport.backend NCCL"),
-        ({"transport": {"mode": "PerTensor"}}, "transport.mode PerTensor"),
+        (
+            {"dataPlane": {"type": "Engine", "staging": "None"}, "verification": "None"},
+            "dataPlane.type Engine",
+        ),
     ],
 )
 def test_a_field_of_a_later_release_is_named_with_the_release(section: dict[str, Any], field: str) -> None:
     assert parse_spec(MINIMAL | section).unsupported == (f"{field} (planned for 0.2)",)
+
+
+@pytest.mark.parametrize(
+    ("plane", "transport", "backend", "staging"),
+    [
+        ({}, {}, "Gloo", Staging.HOST),
+        ({"staging": "Host"}, {"backend": "NCCL"}, "NCCL", Staging.HOST),
+        ({"staging": "Device"}, {}, "NCCL", Staging.DEVICE),
+        ({"staging": "Device"}, {"backend": "NCCL"}, "NCCL", Staging.DEVICE),
+    ],
+)
+def test_the_library_follows_from_where_versions_are_staged_unless_it_is_given(
+    plane: dict[str, str], transport: dict[str, str], backend: str, staging: Staging
+) -> None:
+    spec = parse_spec(MINIMAL | {"dataPlane": plane, "transport": transport})
+    assert (spec.transport.backend, spec.transport.staging, spec.unsupported) == (backend, staging, ())
 
 
 def test_an_empty_list_of_steps_asks_for_nothing() -> None:
