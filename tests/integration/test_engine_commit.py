@@ -392,6 +392,26 @@ async def test_a_request_that_comes_in_mid_commit_waits_and_is_answered_by_the_n
     assert answer.headers["x-weightsync-admitted"] == "2"
 
 
+async def test_a_pause_that_somebody_left_behind_ends_with_the_next_commit(running, engine, expected):
+    """A caller that gave up waiting does not undo its pause."""
+    await paused(running, engine)
+    await commit(running, engine, 2)
+    assert running.control("GET", "/is_paused").body == {"is_paused": False}
+    answers_as(running, expected(running.kind, 2))
+
+
+async def test_what_was_cached_of_a_prompt_does_not_outlive_a_commit(running, engine):
+    """A prompt of several blocks, which a server keeps the attention of; salted, it is computed anew."""
+    prompt = tuple(PROMPT[n % len(PROMPT)] + n % 7 for n in range(400))
+    before = running.complete(prompt=prompt)
+    await commit(running, engine, 2)
+    after = running.complete(prompt=prompt)
+    anew = running.complete(prompt=prompt, cache_salt="another")
+    assert after.tokens == anew.tokens
+    assert max(abs(a - b) for a, b in zip(after.logprobs, anew.logprobs, strict=True)) < 1e-4
+    assert before.logprobs != after.logprobs
+
+
 async def test_a_request_between_start_and_finish_meets_the_old_weights(running, engine, expected):
     assert running.control("POST", "/start_weight_update").status == 200
     answers_as(running, expected(running.kind, 1))
@@ -477,6 +497,21 @@ async def test_an_engine_that_is_killed_comes_back_without_a_permit_and_can_be_c
     assert running.boot != before
     assert running.complete().status == 503, "the permit is for the boot before"
     assert (await engine.probe()).boot == running.boot
+    await commit(running, engine, 2)
+    answers_as(running, expected(running.kind, 2))
+
+
+async def test_an_engine_whose_core_dies_answers_nobody_and_is_healed(running, engine, expected):
+    """vLLM's first process may end with 0 then, or go on listening; none of it may be answered from."""
+    if running.kind == "reference":
+        pytest.skip("its ranks are threads of its only process")
+    os.kill(running.worker(running.ranks - 1).hello().pid, signal.SIGKILL)
+    with pytest.raises(EngineUnreachableError):
+        await engine.probe()
+    await engine.restart("test")
+    assert running.ended()
+    running.start()
+    assert running.complete().status == 503, "the permit is for the boot before"
     await commit(running, engine, 2)
     answers_as(running, expected(running.kind, 2))
 
