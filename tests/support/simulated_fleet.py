@@ -369,12 +369,13 @@ class Operator:
                 # Somebody else wrote, or the API server was not there: nothing was done, all is seen anew.
                 self._wake(0.1)
                 return
+        self.sim.user.watch(before, plan)
+        if plan.status != before:
             self.sim.status = plan.status
             self.sim.history.writes += 1
             if self.clock.chance(0.005) and self.sim.faults and self.clock.now < 1000 + FAULT_SECONDS:
                 self.restart()
                 return
-        self.sim.user.watch(before, plan)
         self._note(plan)
         if plan.probe is not None:
             self.sim.user.ask(plan.probe)

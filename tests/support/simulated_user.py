@@ -39,6 +39,7 @@ class User:
         random = self.clock.random
         self.waves = random.choice(STRATEGIES)
         self.on_failure = random.choice(list(OnFailure))
+        self.chance_to_pass = random.choice([0.0, 0.5, 0.5, 1.0])
         self.action = ""
         self.verdict: Verdict | None = None
         self.probe = ""
@@ -50,11 +51,14 @@ class User:
 
     def begin(self, seconds: float) -> None:
         """Come back every few seconds for as long as the simulation runs; meddle only for so many seconds."""
-        self.clock.soon(1.0, 9.0, lambda: self._look(self.clock.now + seconds))
+        end = self.clock.now + seconds
+        self.clock.soon(1.0, 9.0, lambda: self._look(end))
+        if self.active and self.clock.chance(0.3):
+            self.clock.after(1.0, lambda: self._poison(end))
 
     def _look(self, end: float) -> None:
         random, status = self.clock.random, self.sim.status
-        self.clock.soon(3.0, 9.0, lambda: self._look(end))
+        self.clock.soon(3.0, 15.0, lambda: self._look(end))
         if self.paused is not None:
             version = self.paused[0]
             verb = random.choice(["promote", "promote", "abort", "retry"]) if self.active else "promote"
@@ -67,6 +71,20 @@ class User:
             self._pin(None)
         elif self.clock.now >= end and status.current is None and status.rejected:
             self.say("retry", VersionId(status.rejected[-1].run, status.rejected[-1].version))
+
+    def _poison(self, end: float) -> None:
+        """Engines die of the version that is in waves, one now and then."""
+        if self.clock.now < end:
+            self.clock.soon(1.0, 10.0, lambda: self._poison(end))
+        served = [
+            member
+            for member in self.sim.members
+            if self.paused is not None
+            and member.engine.weights
+            and member.engine.weights[0] == self.paused[0]
+        ]
+        if served:
+            self.clock.random.choice(served).engine_dies()
 
     def _meddle(self, status: Status) -> None:
         random, stored = self.clock.random, self.sim.trainer.stored
@@ -111,7 +129,7 @@ class User:
             return
         self.probe = probe.key
         where = self.paused
-        passed = self.clock.chance(0.5)
+        passed = self.clock.chance(self.chance_to_pass)
 
         def arrive() -> None:
             self.verdict = Verdict(probe.key, passed, "fine" if passed else "HTTP 503")
