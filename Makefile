@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format verify lock apiserver cluster-up cluster-down e2e e2e-gpu bench clean images
+.PHONY: help setup demo test unit lint format verify lock apiserver cluster-up cluster-down e2e e2e-gpu soak bench clean images
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ e2e: setup ## all end-to-end tests, on a cluster of their own (ARGS="--kubeconfi
 
 e2e-gpu: setup ## the end-to-end scenarios on GPUs, in a kind cluster (examples/on-gpus); says why where they can't run
 	@$(BIN)/python -m pytest tests/e2e/scenarios -m gpu -rs $(ARGS)
+
+soak: setup ## 100,000 random lives of a fleet in virtual time, on all cores (ARGS="--seeds 2000 --write")
+	@$(BIN)/python tests/simulation/soak.py $(ARGS)
 
 bench: setup ## one benchmark (NAME=host_path, orchestration or publish; ARGS="--write")
 	@$(BIN)/python benchmarks/$(or $(NAME),host_path).py $(ARGS)
