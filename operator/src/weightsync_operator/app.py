@@ -21,11 +21,15 @@ from weightsync_operator.kube.connection import Connection
 from weightsync_operator.kube.errors import KubeError
 from weightsync_operator.kube.reviews import User, may_read, review_token
 from weightsync_operator.lease import Elector, LeaseLostError
+from weightsync_operator.metrics.collector import FleetNow, ReplicaCollector, ReplicaNow
+from weightsync_operator.metrics.meter import Meter
+from weightsync_operator.metrics.server import metrics_app, new_registry
 from weightsync_operator.pki.authority import Authority, Place, service_names
 from weightsync_operator.pki.files import CertificateFiles
 from weightsync_operator.pki.serving import Serving
 from weightsync_operator.reconcile import Reconciler, StoodDownError
 from weightsync_operator.recorder import Recorder
+from weightsync_operator.release import own_version
 from weightsync_operator.servers import Ports
 from weightsync_operator.session.auth import Authenticator
 from weightsync_operator.session.connection import KeepAlive
@@ -62,6 +66,8 @@ class Operator:
         if self._serving:
             self._health.certificate = self._serving.not_ready
         self._registry = Registry(self._agents_changed)
+        self._metrics = new_registry()
+        self._meter = Meter(self._metrics)
         self._recorder = Recorder(self._api, identity)
         self._checks = Checks(self._check_answered)
         self._leading = False
@@ -90,6 +96,7 @@ class Operator:
             record=self._recorder.record,
             ask=self._checks.ask,
         )
+        ReplicaCollector(self._metrics, self._now)
         self._authority, self._files = None, None
         if self._serving and settings.session_service:
             self._authority = self._make_authority(self._serving, settings, own_namespace)
@@ -102,13 +109,14 @@ class Operator:
             host=settings.session_host,
             session=self._ports.session,
             health=self._ports.health,
+            metrics=self._ports.metrics,
         )
         if settings.ports_file:
             self._ports.write(Path(settings.ports_file))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until ``stop``. Raises LeaseLostError or StoodDownError: end the process then, at once."""
-        await self._ports.serve(self._session_app(), self._health_app())
+        await self._ports.serve(self._session_app(), self._health_app(), metrics_app(self._metrics))
         try:
             await self._work_until(stop)
         finally:
@@ -166,6 +174,7 @@ class Operator:
     async def _reconcile_for_ever(self) -> None:
         while True:
             key = await self._queue.take()
+            began, done = time.monotonic(), False
             try:
                 async with asyncio.timeout(_PASS_SECONDS):
                     again = await self._reconciler.reconcile(key)
@@ -181,10 +190,37 @@ class Operator:
                 log.exception("pass failed", weightsync="/".join(key), again_in=seconds)
             else:
                 self._queue.succeeded(key)
+                done = True
+                self._measure(key)
                 if again is not None:
                     self._queue.add_after(key, again)
             finally:
                 self._queue.done(key)
+                self._meter.reconciled(done, time.monotonic() - began)
+
+    def _measure(self, key: Key) -> None:
+        stored, view = self._store.weightsync(key), self._reconciler.view(key)
+        if stored is not None and view is not None:
+            self._meter.seen(key, view, stored.status)
+
+    def _now(self) -> ReplicaNow:
+        fleets = []
+        if self._leads():
+            weightsyncs = self._store.weightsyncs()
+            self._meter.keep(each.key for each in weightsyncs)
+            for each in weightsyncs:
+                view = self._reconciler.view(each.key)
+                stalled = self._meter.stalled(each.key, view) if view else 0
+                fleets.append(FleetNow(*each.key, each.status, view, stalled))
+        return ReplicaNow(
+            version=own_version(),
+            leads=self._leads(),
+            sessions=sum(each.connected for each in self._registry.views().values()),
+            queue_depth=len(self._queue),
+            watch_failures=self._watch.failures,
+            list_failures=self._truth.failures,
+            fleets=fleets,
+        )
 
     def _make_authority(self, serving: Serving, settings: Settings, namespace: str) -> Authority:
         def tell(note: Note, about: str) -> None:
