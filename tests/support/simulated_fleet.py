@@ -364,11 +364,10 @@ class Operator:
         if plan.stand_down:
             raise AssertionError("only one leader is simulated, and it stood down")
         before = self.sim.status
-        if plan.status != before:
-            if self.clock.chance(0.02):
-                # Somebody else wrote, or the API server was not there: nothing was done, all is seen anew.
-                self._wake(0.1)
-                return
+        if plan.status != before and self.clock.chance(0.02):
+            # Somebody else wrote, or the API server was not there: nothing was done, all is seen anew.
+            self._wake(0.1)
+            return
         self.sim.user.watch(before, plan)
         if plan.status != before:
             self.sim.status = plan.status

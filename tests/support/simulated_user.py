@@ -58,7 +58,7 @@ class User:
 
     def _look(self, end: float) -> None:
         random, status = self.clock.random, self.sim.status
-        self.clock.soon(3.0, 15.0, lambda: self._look(end))
+        self.clock.soon(3.0, 30.0, lambda: self._look(end))
         if self.paused is not None:
             version = self.paused[0]
             verb = random.choice(["promote", "promote", "abort", "retry"]) if self.active else "promote"

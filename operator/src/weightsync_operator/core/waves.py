@@ -27,11 +27,18 @@ def size(facts: Facts, round_: Round) -> int:
 
 
 def chosen(facts: Facts, round_: Round, serving: list[Member], holding: list[Member]) -> list[Member]:
-    """Of those who hold the target staged, the ones that the present wave is of. Who lost it before comes last."""
-    room = size(facts, round_) - len(serving)
-    version = round_.target.version
-    ranked = sorted(holding, key=lambda each: (not each.applies(version), each.uid in round_.fallen))
-    return ranked[: max(0, room)]
+    """Of those who hold the target staged, the ones that the present wave is of.
+
+    Nobody takes the place of one that had the target and lost it, before the last wave: else a version of which
+    engines die would go from one to the next.
+    """
+    had = {*round_.reached, *round_.fallen} & facts.members.keys()
+    lost = had - {member.uid for member in serving}
+    again = [member for member in holding if member.uid in lost]
+    others = [member for member in holding if member.uid not in lost]
+    room = size(facts, round_) - len(serving) - len(lost)
+    others.sort(key=lambda each: not each.applies(round_.target.version))
+    return again + others[: max(0, room)]
 
 
 def done(facts: Facts, state: State) -> State:
@@ -41,8 +48,6 @@ def done(facts: Facts, state: State) -> State:
     if round_.wave >= len(round_.waves):
         return succeed(facts, state)
     version, scope = round_.target.version, facts.scope(round_)
-    reached = {*round_.reached, *(member.uid for member in scope if member.serves(version))}
-    state = state.change(reached=tuple(sorted(reached)))
     wave = round_.waves[round_.wave]
     if wave.pause is None and wave.check is None:
         return _next(facts, state)
@@ -159,12 +164,12 @@ def fallen(facts: Facts, state: State) -> State | None:
     if round_ is None or not round_.waves:
         return None
     version = round_.target.version
-    if parked is not None:
-        # A new leader sees them come back one by one.
-        serving = {uid for uid in round_.scope if uid in facts.members and facts.members[uid].serves(version)}
-        if not serving <= {*round_.reached}:
-            round_ = replace(round_, reached=tuple(sorted({*round_.reached, *serving})))
-            return state.remember(parked=replace(parked, round=round_))
+    serving = {uid for uid in round_.scope if uid in facts.members and facts.members[uid].serves(version)}
+    if not serving <= {*round_.reached}:
+        round_ = replace(round_, reached=tuple(sorted({*round_.reached, *serving})))
+        return (
+            state.remember(parked=replace(parked, round=round_)) if parked else state.remember(round=round_)
+        )
     lost = [
         uid
         for uid in round_.reached
@@ -190,15 +195,17 @@ def down(facts: Facts, round_: Round) -> list[Member]:
 def canary_died(facts: Facts, state: State) -> State | None:
     """A version on which engines die stops before it takes the fleet."""
     parked = state.memory.parked
-    if parked is None or state.round is not None:
+    round_ = parked.round if parked else state.round
+    if round_ is None or (parked is not None and state.round is not None):
         return None
-    round_ = parked.round
+    if parked is None and (not round_.waves or round_.step is not Step.GATHERING):
+        return None
     lost = down(facts, round_)
     serving = [member for member in facts.scope(round_) if member.serves(round_.target.version)]
     if not lost or (len(lost) <= facts.limit and len(lost) < CRASHES and serving):
         return None
     why = f"{names(lost)} served it and restarted: their engines may have died of it"
-    return fail(facts, unpark(facts, state), Reason.CANARY_LOST, why)
+    return fail(facts, unpark(facts, state) if parked else state, Reason.CANARY_LOST, why)
 
 
 def parked_deserted(facts: Facts, state: State) -> State | None:

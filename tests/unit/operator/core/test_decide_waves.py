@@ -250,6 +250,24 @@ def test_one_of_several_canaries_that_restarts_is_told_of_and_may_be_spared(make
     assert fleet.serving() == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("how", ["restarted", "not back yet"])
+def test_nobody_takes_the_place_of_a_canary_that_was_lost(make: Any, how: str) -> None:
+    """Else a version of which engines die would go from one member to the next, one promotion after the other."""
+    fleet = canary(make, [Wave("2", Pause()), Wave("2", Pause())])
+    fleet.publish(2)
+    fleet.run()
+    if how == "restarted":
+        fleet.members[0].restart_engine("boot-2")
+    else:
+        serving = replace(fleet.members[0].serving, state=ServingState.UNREACHABLE)
+        fleet.members[0].serving = serving
+    asked = []
+    fleet.hook = lambda world, plan: asked.extend(plan.desired[m.uid].commit for m in fleet.members[2:])
+    fleet.action = "promote@a/2"
+    fleet.wait(100)
+    assert V2 not in asked
+
+
 def test_too_many_lost_in_a_wave_fail_the_rollout_and_the_rest_is_never_touched(make: Any) -> None:
     fleet = canary(make, [Wave("3", Pause(60.0))], members=8)
     for member in fleet.members[:3]:
