@@ -21,6 +21,7 @@ from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import PublishCode
 from weightsync_engine.publish.channel import ChannelClosedError, Deadline
 from weightsync_engine.publish.connection import Pieces, Progress, copy_over, process_token, wait_for
+from weightsync_engine.publish.device import FromDevice
 from weightsync_engine.publish.protocol import (
     DEFAULT_DIRECTORY,
     SOCKET_NAME,
@@ -110,9 +111,15 @@ def publish(
     dtypes = tuple(_dtype(tensor) for _, tensor in pairs)
     shapes = tuple(tuple(int(size) for size in tensor.shape) for _, tensor in pairs)
     description = Description(names, dtypes, shapes)
-    return _publish(
-        description, lambda index: (_bytes(pairs[index][1]),), version, run, wait, timeout, socket, progress
-    )
+    device = FromDevice()
+
+    def pieces(index: int) -> Iterable[memoryview]:
+        tensor = pairs[index][1]
+        if hasattr(tensor, "data_ptr") and tensor.device.type == "cuda":
+            return device.pieces(tensor.detach().resolve_conj().resolve_neg())
+        return (_bytes(tensor),)
+
+    return _publish(description, pieces, version, run, wait, timeout, socket, progress)
 
 
 def publish_file(

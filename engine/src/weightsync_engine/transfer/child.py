@@ -5,6 +5,7 @@ reports of progress, are threads of their own. It ends with its parent, however 
 """
 
 import ctypes
+import importlib
 import mmap
 import os
 import signal
@@ -16,7 +17,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Final, NoReturn
 
 import torch
@@ -321,6 +322,9 @@ def main() -> NoReturn:
     # The agent's own signals are not for the child: it ends when its parent says so or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    with suppress(ImportError):
+        # Where it is installed; a group that needs it is not to wait for its import.
+        importlib.import_module("nccl.core")
     Child(socket.socket(fileno=int(sys.argv[1]))).run()
 
 
