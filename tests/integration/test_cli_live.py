@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -291,6 +292,32 @@ async def test_a_verb_without_an_operator_ends_at_its_timeout(world: Operated, a
     assert "no answer within 1 s" in done.err
     # It was asked for all the same, and whoever starts next obeys.
     assert (await asyncio.to_thread(world.objects.read))["spec"]["paused"] is True
+
+
+async def test_every_command_of_the_page_does_something(world: Operated, apiserver: ApiServer) -> None:
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^weightsync ([^#\n>]+)", "".join(blocks), re.MULTILINE)
+    trainer, agents = await started(world)
+    for number in (899, 900, 901):
+        version = trainer.publish(number)
+        await asyncio.gather(*(each.until_serving(version, 20) for each in agents))
+        await world.until_status(lambda s, n=number: s["current"]["version"] == n)
+    codes: dict[str, int] = {}
+    said = []
+    for line in lines:
+        words = line.replace("run-7f3a/", "run-1/").split()
+        if words[0] != "completion":
+            done = await cli(world, apiserver, *words)
+            assert "Traceback" not in done.err, done.err
+            assert done.out or done.err
+            codes[" ".join(line.split())] = done.code
+            said.append((line, done))
+    # A fleet at rest has nothing to abort, retry or promote, and its pods here have no agent's container.
+    refused = {"abort policy", "retry policy", "promote policy", "doctor policy", "doctor"}
+    assert {line for line, code in codes.items() if code == 1} == refused, said
+    assert {code for line, code in codes.items() if line not in refused} == {0}
+    assert len(codes) >= 12
 
 
 async def test_what_is_not_there_is_said(world: Operated, apiserver: ApiServer) -> None:
