@@ -275,7 +275,8 @@ class Operator:
                 return
             view = self.views[agent.uid]
             if isinstance(message, Nack):
-                if message.code is RefusalCode.STALE_TERM:
+                taken = message.code is RefusalCode.STALE_SEQ and message.seq > self.seq
+                if taken or message.code is RefusalCode.STALE_TERM:
                     view = replace(view, nacked_term=max(view.nacked_term, message.term))
             elif self.heard.get(agent.uid, 0) < number:
                 # One after the other: of two that are on their way only the newer one counts.

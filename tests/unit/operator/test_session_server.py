@@ -397,6 +397,22 @@ async def test_a_nack_for_a_stale_term_is_remembered() -> None:
         assert operator.registry.views()["uid-1"].nacked_term == 9
 
 
+@pytest.mark.parametrize(("seq", "expected"), [(1, 0), (7, 3)])
+async def test_a_nack_for_a_sequence_that_we_never_reached_names_a_term_that_is_not_ours_alone(
+    seq: int, expected: int
+) -> None:
+    """The status with the term was lost, and the last leader had spoken under the same one."""
+    async with serving(KeepAlive(ping=60)) as operator, dialled(operator) as socket:
+        await welcomed(socket)
+        operator.registry.ask("uid-1", WANTED)
+        await receive(socket)
+        nack = {"type": "nack", "term": 3, "seq": seq, "code": "StaleSequence", "message": "obeyed"}
+        await socket.send_json(nack)
+        await socket.send_json(OBSERVED)
+        await operator.until(lambda: operator.registry.views()["uid-1"].observed is not None)
+        assert operator.registry.views()["uid-1"].nacked_term == expected
+
+
 async def test_released_is_sent_once() -> None:
     async with serving(KeepAlive(ping=60)) as operator, dialled(operator) as socket:
         await welcomed(socket)

@@ -267,7 +267,7 @@ class AgentView:
     changed_at: float
     """When it last connected or disconnected."""
     nacked_term: int = 0
-    """Highest term it named in a NACK for a lower one of ours."""
+    """Highest term it named in a NACK: it obeyed somebody else under that, who spoke later than we did."""
 
 
 @dataclass(frozen=True, slots=True)

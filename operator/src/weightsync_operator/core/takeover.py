@@ -28,7 +28,7 @@ def term_to_write(world: World, memory: Memory) -> int | None:
         reported = [refused, *(view.hello.term for view in world.agents.values())]
         reported += [view.observed.highest_term for view in world.agents.values() if view.observed]
         return max(world.status.term, *reported) + 1
-    if refused > memory.term:
+    if refused >= memory.term:
         return refused + 1
     # The status was replaced from outside: ours goes back into it before anything is said.
     return memory.term if world.status.term < memory.term else None

@@ -153,7 +153,9 @@ class Registry:
             seq=nack.seq,
             message=nack.message,
         )
-        if nack.code is RefusalCode.STALE_TERM and nack.term > agent.view.nacked_term:
+        # Obeyed further than we ever spoke: somebody else spoke under our term, before the status that held it was lost.
+        taken = nack.code is RefusalCode.STALE_SEQ and nack.seq > max(self._seqs.values(), default=0)
+        if (taken or nack.code is RefusalCode.STALE_TERM) and nack.term > agent.view.nacked_term:
             agent.view = replace(agent.view, nacked_term=nack.term)
             self._on_change(agent.view.hello.pod.namespace, False)
 

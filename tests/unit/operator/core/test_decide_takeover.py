@@ -71,6 +71,16 @@ def test_an_agent_that_obeyed_a_higher_term_raises_ours(synced: Any) -> None:
     assert synced.run().status.term == 42
 
 
+def test_a_term_that_somebody_else_has_spoken_under_is_raised(synced: Any) -> None:
+    """The status was lost, and the new leader began before any agent had told it the term."""
+    synced.members[0].nacked_term = synced.memory.term
+    term = synced.memory.term
+    plan = synced.decide()
+    assert plan.status.term == term + 1
+    assert plan.desired == {}
+    assert synced.run().status.term == term + 1
+
+
 def test_a_higher_term_of_another_weightsync_is_no_reason_to_raise_ours(synced: Any) -> None:
     synced.members[0].highest_term = 41
     assert synced.run().status.term == 1
