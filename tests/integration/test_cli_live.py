@@ -140,7 +140,15 @@ async def until_live(world: Operated, apiserver: ApiServer, *arguments: str) -> 
     return page
 
 
-async def test_the_way_through_the_api_server(world: Operated, apiserver: ApiServer) -> None:
+def kubeconfig_of(world: Operated, apiserver: ApiServer, account: str, directory: Path) -> str:
+    """A kubeconfig for a ServiceAccount of the namespace."""
+    token = world.objects.token(None, "", account)
+    path = directory / account
+    path.write_text(apiserver.kubeconfig.read_text().replace(apiserver.token, token))
+    return str(path)
+
+
+async def test_the_way_through_the_api_server(world: Operated, apiserver: ApiServer, tmp_path: Path) -> None:
     # Two replicas with an authority of their own; the operator is found by the namespace's certificates.
     address = own_address()
     await asyncio.to_thread(world.objects.weightsync)
@@ -151,6 +159,25 @@ async def test_the_way_through_the_api_server(world: Operated, apiserver: ApiSer
     await asyncio.to_thread(serve, world, address, [each.ports["session"] for each in operators])
     page = await until_live(world, apiserver)
     assert page["reason"] == "NoMembers"
+    # The two rights that the page names, and not one of them alone.
+    edit = [
+        {"apiGroups": ["weightsync.dev"], "resources": ["weightsyncs"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
+        {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"]},
+    ]
+    service = {
+        "apiGroups": [""],
+        "resources": ["services/proxy"],
+        "resourceNames": ["https:weightsync-operator:8443"],
+        "verbs": ["get"],
+    }
+    for account, rules, live in (("editor", edit, False), ("reader", [*edit, service], True)):
+        await asyncio.to_thread(world.objects.allow, account, rules)
+        kubeconfig = await asyncio.to_thread(kubeconfig_of, world, apiserver, account, tmp_path)
+        done = await cli(world, apiserver, "status", "policy", "-o", "json", "--kubeconfig", kubeconfig)
+        assert (done.code, done.json["live"]) == (0, live), done
+        assert live or "ask for get on services/proxy" in done.json["hint"]
 
 
 async def test_a_certificate_is_checked_where_the_operator_is_dialled(
@@ -363,16 +390,14 @@ async def test_who_may_do_little_is_told_what_he_may_not(
     rules = [{"apiGroups": ["weightsync.dev"], "resources": ["weightsyncs"], "verbs": ["get", "list"]}]
     await asyncio.to_thread(world.objects.weightsync)
     await asyncio.to_thread(world.objects.allow, "reader", rules)
-    token = await asyncio.to_thread(world.objects.token, None, "", "reader")
-    kubeconfig = tmp_path / "reader"
-    kubeconfig.write_text(apiserver.kubeconfig.read_text().replace(apiserver.token, token))
-    status = await cli(world, apiserver, "status", "policy", "-o", "json", "--kubeconfig", str(kubeconfig))
+    kubeconfig = await asyncio.to_thread(kubeconfig_of, world, apiserver, "reader", tmp_path)
+    status = await cli(world, apiserver, "status", "policy", "-o", "json", "--kubeconfig", kubeconfig)
     assert status.code == 0
     assert "ask for create on serviceaccounts/token" in status.json["hint"]
-    doctor = await cli(world, apiserver, "doctor", "-o", "json", "--kubeconfig", str(kubeconfig))
+    doctor = await cli(world, apiserver, "doctor", "-o", "json", "--kubeconfig", kubeconfig)
     assert {"pods can't be listed", "it can't be read"} <= {
         each["message"].partition(":")[0] for each in doctor.json if each["level"] == "unknown"
     }
-    pause = await cli(world, apiserver, "pause", "policy", "--kubeconfig", str(kubeconfig))
+    pause = await cli(world, apiserver, "pause", "policy", "--kubeconfig", kubeconfig)
     assert pause.code == 4
     assert "cannot patch resource" in pause.err

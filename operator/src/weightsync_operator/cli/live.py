@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlparse
 
-import aiohttp
-
 from weightsync_contract.codec import MalformedError, from_document
 from weightsync_contract.fleetview import FleetView
 from weightsync_contract.names import (
@@ -172,6 +170,8 @@ class Live:
         raise NoViewError(f"the operator in {where.namespace} does not answer: {trouble}")
 
     async def _dial(self, path: str, token: str) -> dict[str, Any]:
+        import aiohttp  # most never dial
+
         url = self._operator.url.rstrip("/")
         secure = urlparse(url).scheme == "https"
         if not secure and not is_loopback(urlparse(url).hostname or ""):

@@ -21,7 +21,7 @@ _LEVELS: Final = {
     Level.FINE: "green",
     Level.UNKNOWN: "dim",
 }
-_BAR: Final = 16
+_BAR: Final = 10
 _UNKNOWN: Final = "-"
 
 
@@ -34,6 +34,8 @@ def page(shown: Page) -> RenderableType:
     """The whole page."""
     parts: list[RenderableType] = [_head(shown), _conditions(shown), Text()]
     parts.append(_members(shown) if shown.members else Text("no pod of this fleet is known", style="dim"))
+    if any(row.why for row in shown.members):
+        parts += [Text(), _whys(shown)]
     if shown.hint:
         parts += [Text(), Text(f"no live view: {shown.hint}", style="yellow")]
     return Group(*parts)
@@ -114,9 +116,7 @@ def _conditions(shown: Page) -> Table:
 
 
 def _members(shown: Page) -> Table:
-    table = _table("POD", "RANK", "VERSION", "PHASE", "BYTES", "AGE", "WHY")
-    table.columns[-1].no_wrap = False
-    table.columns[-1].overflow = "fold"
+    table = _table("POD", "RANK", "VERSION", "PHASE", "BYTES", "AGE")
     for row in shown.members:
         table.add_row(
             Text(row.name + (" *" if row.role == "trainer" else "")),
@@ -125,8 +125,20 @@ def _members(shown: Page) -> Table:
             Text(row.phase or _UNKNOWN, style=_STYLES[row.tone]),
             _progress(row),
             Text(brief_age(row.age) or _UNKNOWN),
-            Text(row.why, style="dim"),
         )
+    return table
+
+
+def _whys(shown: Page) -> Table:
+    """Below the table, where a sentence has room on a narrow terminal, too."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in shown.members:
+        if row.why:
+            table.add_row(
+                Text(row.name, style=_STYLES[row.tone]), Text(row.why.removeprefix(f"{row.name}: "))
+            )
     return table
 
 
@@ -142,7 +154,7 @@ def _progress(row: MemberRow) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     grid.add_row(
         ProgressBar(total=row.total_bytes, completed=row.bytes, width=_BAR),
-        Text(f"{100 * row.bytes // row.total_bytes:3d} % of {brief_bytes(row.total_bytes)}", no_wrap=True),
+        Text(f"{100 * row.bytes // row.total_bytes:3d}% of {brief_bytes(row.total_bytes)}", no_wrap=True),
     )
     return grid
 

@@ -4,13 +4,15 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlparse
 
-import kopf
 from kubernetes import client, config
 
 from weightsync_operator.kube.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import kopf
 
 _DEFAULT_KUBECONFIG: Final = "~/.kube/config"
 _POD_NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -53,8 +55,11 @@ class Connection:
         """An ApiClient; it belongs to the caller."""
         return client.ApiClient(self.configuration)
 
-    def for_kopf(self) -> kopf.ConnectionInfo:
+    def for_kopf(self) -> "kopf.ConnectionInfo":
         """The same way for kopf, with a token that is fresh now."""
+        # The command line has no use for it, and would wait half a second for it.
+        import kopf
+
         settings = self.configuration
         header = settings.get_api_key_with_prefix("BearerToken", alias="authorization")
         return kopf.ConnectionInfo(

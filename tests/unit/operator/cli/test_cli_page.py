@@ -80,7 +80,7 @@ def test_a_member_that_receives() -> None:
     assert (row.rank, row.ranks, row.version, row.phase) == (1, 2, "run/4", "Receiving")
     assert (row.bytes, row.total_bytes, row.age, row.tone) == (3 << 20, 8 << 20, 300, Tone.BUSY)
     text = show.text_of(show.page(shown))
-    assert " 37 % of 8 MiB" in text
+    assert " 37% of 8 MiB" in text
     assert "1-2" in text
     assert show.line(shown) == "default/policy  Transferring  30 %  target run/5  synced 1/2  serving run/4"
 
@@ -107,6 +107,14 @@ def test_why_is_the_operators_word_else_the_agents() -> None:
     failure = Transfer(failure=Failure(FailureCode.PEER_LOST, "rank 2 is gone"))
     assert page(member("vllm-0", "a", transfer=failure)).members[1].why == "rank 2 is gone"
     assert page(member("vllm-0", "a", transfer=failure, message="left out")).members[1].why == "left out"
+
+
+def test_the_reason_is_read_on_a_narrow_terminal_too() -> None:
+    why = "fenced three times in ten minutes: the engine did not confirm finish on all ranks"
+    shown = page(member("vllm-5f7c9d-klmno", "a", message=f"vllm-5f7c9d-klmno: {why}"))
+    text = show.text_of(show.page(shown), width=80)
+    assert why in " ".join(text.split())
+    assert text.count("vllm-5f7c9d-klmno") == 2, "once in the table, once before its reason"
 
 
 def test_a_trainer_shows_what_it_published_last() -> None:
