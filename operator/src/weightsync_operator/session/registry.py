@@ -153,7 +153,7 @@ class Registry:
             seq=nack.seq,
             message=nack.message,
         )
-        # Obeyed further than we ever spoke: somebody else spoke under our term, before the status that held it was lost.
+        # Obeyed further than we ever spoke: another leader spoke under our term, before the status was lost.
         taken = nack.code is RefusalCode.STALE_SEQ and nack.seq > max(self._seqs.values(), default=0)
         if (taken or nack.code is RefusalCode.STALE_TERM) and nack.term > agent.view.nacked_term:
             agent.view = replace(agent.view, nacked_term=nack.term)
