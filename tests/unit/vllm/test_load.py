@@ -246,8 +246,9 @@ def test_in_the_long_run_every_module_is_compared(world):
     assert {world.version(number).compared for number in range(30)} == {"", "a", "b", "c"}
 
 
-def test_a_module_of_many_tensors_is_not_compared_again(world, monkeypatch):
-    monkeypatch.setattr(loading, "MOST_TO_CHECK", 0)
+@pytest.mark.parametrize(("limit", "value"), [("MOST_TO_CHECK", 0), ("MOST_BYTES_TO_CHECK", 31)])
+def test_a_module_of_many_tensors_or_bytes_is_not_compared_again(world, monkeypatch, limit, value):
+    monkeypatch.setattr(loading, limit, value)
     world.record()
     world.version(1)
     assert world.version(2).compared == ""

@@ -31,6 +31,9 @@ MOST_TO_CHECK: Final = 16
 """A module that takes more tensors than this is not compared again: a layer of experts would cost as much as it
 saves."""
 
+MOST_BYTES_TO_CHECK: Final = 256 << 20
+"""Nor one that is larger: vLLM's way needs as much memory once more, and there may be no more."""
+
 
 def is_tied(model_config: Any) -> bool:
     """Is the model's output layer its embedding?"""
@@ -200,7 +203,14 @@ class Loader:
 
     def _choose(self, plan: Plan) -> str:
         """A module to compare; the same on all tensor parallel ranks."""
-        small = [name for name in plan.planned if len(plan.names[name]) <= MOST_TO_CHECK]
+        sizes = dict.fromkeys(plan.planned, 0)
+        for copy in plan.copies:
+            sizes[copy.target.module] += copy.nbytes
+        small = [
+            name
+            for name, size in sizes.items()
+            if size <= MOST_BYTES_TO_CHECK and len(plan.names[name]) <= MOST_TO_CHECK
+        ]
         return random.Random(self._loads).choice(small) if small else ""
 
     def _parameters(self, plan: Plan) -> dict[Place, torch.Tensor]:
