@@ -1,15 +1,17 @@
 """What people read: conditions, each with a reason from the one list and a message that can be acted on."""
 
 from collections.abc import Iterable
+from math import inf
 
 from weightsync_contract.messages import VersionId
 from weightsync_contract.reasons import Condition, Outcome, Reason
+from weightsync_operator.core.exclusion import backoff
 from weightsync_operator.core.facts import Facts, State
 from weightsync_operator.core.goal import missing_pin, pinned, rejected
 from weightsync_operator.core.idle import behind, current_target, failed_before, is_behind, wanted
 from weightsync_operator.core.limits import NAMES
 from weightsync_operator.core.membership import HEALTH_OF_STANDING, Member, Standing, names, unguarded
-from weightsync_operator.core.memory import REASON_OF_STEP, Parked, Round
+from weightsync_operator.core.memory import REASON_OF_STEP, Exclusion, Parked, Round, Step
 from weightsync_operator.core.model import ConditionStatus, InitialWeights
 from weightsync_operator.core.spec import describe
 from weightsync_operator.core.waves import down, size, wave_of, what_next
@@ -50,7 +52,7 @@ def why(facts: Facts, state: State, member: Member) -> str:
     """Why a member is not as it should be; empty when it is."""
     exclusion = state.memory.exclusion(member.uid)
     if exclusion is not None and exclusion.active:
-        return exclusion.message
+        return f"{exclusion.message}; {_tried_again(exclusion)}"
     if member.message:
         return f"{member.name}: {member.message}"
     current = current_target(facts, state)
@@ -61,6 +63,12 @@ def why(facts: Facts, state: State, member: Member) -> str:
     if unguarded(member):
         return f"{member.name}: its engine answers without a permit: start it with weightsync's middleware"
     return ""
+
+
+def _tried_again(exclusion: Exclusion) -> str:
+    if exclusion.until == inf:
+        return f"tried again once its engine restarts, or with another version than {exclusion.version}"
+    return f"tried again {backoff(exclusion.tries):.0f} s after that, or once it restarts"
 
 
 # ---------------------------------------------------------------------------- Ready
@@ -145,7 +153,8 @@ def progressing(facts: Facts, state: State) -> Row:
         return _under_way(facts, state, round_)
     failed = state.memory.failed
     if failed is not None and _failing(facts, state):
-        return NO, failed.reason, f"{failed.version}: {failed.message}"
+        what = f"{failed.version}: {failed.message}"
+        return NO, failed.reason, f"{what}; {_not_again(failed.version)}"
     return _waiting(facts, state) or _at_rest(facts, state)
 
 
@@ -159,8 +168,26 @@ def _waiting(facts: Facts, state: State) -> Row | None:
     if not facts.members:
         return NO, Reason.NO_MEMBERS, "there is nobody to bring a version to"
     if new is not None:
-        return YES, Reason.GROUPING, f"{new.version} waits for members and trainer to be ready"
+        return YES, Reason.GROUPING, f"{new.version} waits: {_for_what(facts, late)}"
     return None
+
+
+def _not_again(version: VersionId) -> str:
+    return (
+        f"not tried again before another version, spec or member comes, or somebody annotates retry@{version}"
+    )
+
+
+def _for_what(facts: Facts, late: list[Member]) -> str:
+    """What keeps a rollout from its beginning."""
+    if not facts.source.usable:
+        return facts.source.message
+    if late and facts.world.spec.waves:
+        return f"{names(late)} get the current version first"
+    away = [member for member in facts.members.values() if member.standing is not Standing.READY]
+    if away:
+        return "; ".join(f"{member.name}: {member.message}" for member in away[:NAMES])
+    return "for the agents to come back to this operator"
 
 
 def _at_rest(facts: Facts, state: State) -> Row:
@@ -236,7 +263,23 @@ def _under_way(facts: Facts, state: State, round_: Round) -> Row:
         what += f"; left out: {_some(why(facts, state, member) for member in out)}"
     if facts.world.spec.paused:
         return NO, Reason.PAUSED, f"{what}; it goes on when spec.paused is false"
-    return YES, REASON_OF_STEP[round_.step], what
+    return YES, REASON_OF_STEP[round_.step], f"{what}; {_until(facts, round_)}"
+
+
+def _until(facts: Facts, round_: Round) -> str:
+    """What the step ends with, and when it is given up."""
+    timeouts = facts.world.spec.timeouts
+    match round_.step:
+        case Step.GATHERING:
+            return f"those who are away are waited for up to {timeouts.join:.0f} s"
+        case Step.LISTENING | Step.JOINING:
+            return f"all are to have joined within {timeouts.join:.0f} s"
+        case Step.CHECKING:
+            return f"their engines are to say within {timeouts.join:.0f} s whether they can take it"
+        case Step.TRANSFERRING:
+            return f"all are to have received it within {timeouts.transfer:.0f} s"
+        case _:
+            return f"each is to have switched within {timeouts.commit:.0f} s"
 
 
 # ---------------------------------------------------------------------------- SourceAvailable

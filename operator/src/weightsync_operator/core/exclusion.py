@@ -21,7 +21,6 @@ def exclude(
     if before is not None and before.active:
         return state
     tries = before.tries + 1 if before else 1
-    wait = min(BACKOFF * 2 ** (tries - 1), BACKOFF_LIMIT)
     exclusion = Exclusion(
         member.uid,
         reason,
@@ -29,7 +28,7 @@ def exclude(
         state.round.target.version,
         member.serving.boot,
         member.incarnation,
-        inf if lasting else facts.now + wait,
+        inf if lasting else facts.now + backoff(tries),
         tries,
     )
     others = tuple(each for each in state.memory.exclusions if each.uid != member.uid)
@@ -38,6 +37,11 @@ def exclude(
         state = state.remember(epoch=None)
     state = state.remember(exclusions=(*others, exclusion)).change(reason=reason, message=message)
     return state.note(Reason.EXCLUDED, f"{message} ({reason})", warning=True)
+
+
+def backoff(tries: int) -> float:
+    """Seconds until a member is tried again that was left out so many times in a row."""
+    return min(BACKOFF * 2.0 ** (tries - 1), BACKOFF_LIMIT)
 
 
 def blocked(facts: Facts, exclusion: Exclusion, version: VersionId) -> bool:

@@ -297,3 +297,44 @@ def test_what_a_step_waits_for_has_a_time(make: Any) -> None:
         fleet.wait(5)
         assert fleet.run().requeue_after is not None
     assert fleet.members[0].transfer.state is TransferState.STAGED
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("join", "all are to have joined within 60 s"),
+        ("check", "to say within 60 s whether they can take it"),
+        ("transfer", "all are to have received it within 300 s"),
+        ("commit", "each is to have switched within 60 s"),
+    ],
+)
+def test_describe_says_what_comes_next_and_until_when(make: Any, step: str, says: str) -> None:
+    fleet = make()
+    for member in fleet.members:
+        member.stuck.add(step)
+    fleet.publish(1)
+    fleet.wait(3)
+    assert says in fleet.condition(Condition.PROGRESSING)[2]
+
+
+def test_describe_says_when_who_was_left_out_is_tried_again(synced: Any) -> None:
+    synced.members[0].fails["check"] = FailureCode.MANIFEST_REFUSED
+    synced.publish(2, layout="L2")
+    synced.wait(3)
+    message = synced.condition(Condition.MEMBERS_HEALTHY)[2]
+    assert "m0: broken at check; tried again once its engine restarts" in message
+
+
+def test_describe_says_what_a_new_version_waits_for(synced: Any) -> None:
+    synced.publish(2)
+    synced.lose_session(synced.trainer)
+    synced.wait(3)
+    assert "a/2 waits: the agent of trainer is not connected" in synced.condition(Condition.PROGRESSING)[2]
+
+
+def test_describe_says_what_a_failed_version_waits_for(synced: Any) -> None:
+    for member in synced.members:
+        member.fails["check"] = FailureCode.MANIFEST_REFUSED
+    synced.publish(2, layout="L2")
+    synced.wait(3)
+    assert "retry@a/2" in synced.condition(Condition.PROGRESSING)[2]
