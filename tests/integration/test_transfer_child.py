@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transfer_ranks import (
     DIGEST,
     HOST,
@@ -206,3 +207,17 @@ async def test_a_spare_that_died_is_not_given() -> None:
     for child in (first, second):
         child.kill()
         await child.wait()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+async def test_a_child_that_can_not_use_nccl_says_what_is_missing_and_binds_nothing() -> None:
+    child = Rank(await ChildProcess.spawn())
+    try:
+        await child.until(protocol.Started)
+        await child.tell(protocol.Listen(HOST, 0, 2, "n", SECONDS, "NCCL"))
+        failed = await child.until(protocol.Failed)
+        assert failed.code is FailureCode.CHILD_FAILED
+        assert "backend NCCL" in failed.message
+        assert await child.child.wait() == 1
+    finally:
+        child.child.kill()

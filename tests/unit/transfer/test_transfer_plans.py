@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsync_contract.manifest import Manifest
+from weightsync_engine.transfer.backends import library
 from weightsync_engine.transfer.engine import InitInfo, ParallelLayout, UpdateInfo, WeightTransferEngine
 from weightsync_engine.transfer.flat import (
     FIRST_PIECE_BYTES,
@@ -136,3 +137,9 @@ def test_a_limit_holds_back_and_no_limit_does_not() -> None:
     began = time.monotonic()
     Limit(1000).after(200)
     assert time.monotonic() - began >= 0.19
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_where_nccl_can_not_be_used_it_is_said_what_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"backend NCCL.* (nccl4py|sees no GPU|libnccl)"):
+        library("NCCL")
