@@ -356,6 +356,26 @@ async def test_what_is_not_there_is_said(world: Operated, apiserver: ApiServer) 
     assert world.objects.namespace in nothing.err
 
 
+async def test_kubectl_finds_and_completes_it(world: Operated, apiserver: ApiServer) -> None:
+    await asyncio.to_thread(world.objects.weightsync)
+    scripts = Path(sys.executable).parent
+    env = {**os.environ, "KUBECONFIG": str(apiserver.kubeconfig), "PATH": f"{scripts}:{os.environ['PATH']}"}
+
+    async def kubectl(*arguments: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            str(apiserver.binaries.kubectl), *arguments, env=env, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0
+        return out.decode()
+
+    got = await kubectl("weightsync", "get", "-n", world.objects.namespace, "-o", "json")
+    assert [each["name"] for each in json.loads(got)] == ["policy"]
+    assert (await kubectl("__complete", "weightsync", "roll")).splitlines()[0] == "rollback"
+    names = await kubectl("__complete", "weightsync", "status", "-n", world.objects.namespace, "")
+    assert names.splitlines()[0] == "policy"
+
+
 async def test_all_weightsyncs_of_a_namespace(world: Operated, apiserver: ApiServer) -> None:
     for name in ("one", "two"):
         await asyncio.to_thread(world.objects.weightsync, name, app=name)

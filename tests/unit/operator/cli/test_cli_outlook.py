@@ -45,6 +45,7 @@ SYNCED, COMPLETE = ("True", "Synced"), ("True", "Complete")
         (("True", "RollingOut"), ("True", "CanaryPaused"), None),
         (("False", "WaitingForFirstVersion"), ("False", "WaitingForFirstVersion"), None),
         (SYNCED, ("Unknown", "WaitingForRoster"), None),
+        (("Unknown", "Synced"), COMPLETE, None),
     ],
 )
 def test_how_it_ends(ready: tuple[str, str], progressing: tuple[str, str], exit_: Exit | None) -> None:

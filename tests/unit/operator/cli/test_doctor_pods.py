@@ -166,6 +166,16 @@ def test_an_engine_behind_a_shell_is_read_too() -> None:
             [],
         ),
         (
+            lambda pod: [
+                each.update(
+                    volumeMounts=[{"name": "shm", "mountPath": "/dev/shm"}],
+                    resources={"claims": [{"name": name}]},
+                )
+                for each, name in ((engine(pod), "gpu"), (agent(pod), "another"))
+            ],
+            ["gpu"],
+        ),
+        (
             lambda pod: engine(pod).update(
                 volumeMounts=[{"name": "shm", "mountPath": "/dev/shm"}],
                 resources={"limits": {"nvidia.com/gpu": "1"}},
@@ -180,6 +190,14 @@ def test_the_device_path_needs_one_gpu_and_one_shared_memory_in_both(
     found = told(spoil(change, dataPlane={"type": "Sidecar", "staging": "Device"}))
     assert [check for check, _, _ in found] == checks
     assert all(level is Level.PROBLEM for _, level, _ in found)
+
+
+def test_vllms_own_backend_is_not_told_to_be_ours() -> None:
+    def change(pod: Object) -> None:
+        engine(pod)["args"] = [*VLLM_ARGS[:2], '--weight-transfer-config={"backend":"nccl"}']
+
+    assert [check for check, _, _ in told(spoil(change))] == ["vllm"]
+    assert told(spoil(change, dataPlane={"type": "Engine"})) == []
 
 
 def test_a_selector_that_matches_nothing() -> None:
