@@ -287,6 +287,15 @@ def test_a_wave_of_which_nobody_switches_fails_though_it_could_be_spared(make: A
     assert fleet.serving() == [1] * 8
 
 
+def test_a_later_wave_of_which_nobody_switches_fails_too_though_the_first_one_serves(make: Any) -> None:
+    fleet = canary(make, [Wave("1"), Wave("2", Pause(60.0))], members=8)
+    fleet.members[1].fails["commit"] = FailureCode.APPLY_FAILED
+    fleet.publish(2)
+    fleet.wait(5000)
+    assert fleet.status.rollout.outcome is Outcome.FAILED
+    assert fleet.serving() == [2, *[1] * 7]
+
+
 def test_a_failed_canary_stays_as_it_is_unless_the_spec_says_rollback(make: Any) -> None:
     for on_failure, expected in ((OnFailure.HOLD, 2), (OnFailure.ROLLBACK, 1)):
         fleet = canary(make, [Wave("50%", Pause(60.0))], members=4, on_failure=on_failure)
@@ -358,6 +367,23 @@ def test_operator_dies_in_a_wave_and_the_next_one_ends_that_wave_only(make: Any)
     fleet.wait(1000)
     assert fleet.serving() == [2, 2, 2, 1]
     assert fleet.status.rollout.step_index == 1
+
+
+def test_a_promotion_that_was_answered_is_not_lost_with_its_operator(make: Any) -> None:
+    """The others have lost what they had staged: the promotion is there long before anybody commits."""
+    fleet = canary(make, [Wave("1", Pause()), Wave("2", Pause())])
+    fleet.publish(2)
+    fleet.run()
+    for member in fleet.members[1:]:
+        member.restart_agent()
+    hold(fleet, "join")
+    fleet.action = "promote@a/2"
+    fleet.decide()
+    assert fleet.condition(Condition.ACTION_TAKEN)[0] == "True"
+    fleet.restart_operator()
+    hold(fleet, "join", False)
+    fleet.wait(100)
+    assert fleet.serving() == [2, 2, 1, 1]
 
 
 def test_operator_dies_while_the_first_wave_is_transferred(make: Any) -> None:
