@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from weightsync_contract.fleetview import FleetView, MemberView
 from weightsync_contract.messages import Source, Transfer, VersionId
-from weightsync_contract.reasons import Outcome, Reason, Role
+from weightsync_contract.reasons import Condition, Outcome, Reason, Role
 from weightsync_operator.core.conditions import conditions, progressing, why
 from weightsync_operator.core.desired import reference, synced
 from weightsync_operator.core.facts import Facts, State
@@ -57,8 +57,11 @@ def _idle(facts: Facts, state: State) -> State:
 
 
 def _skeleton(status: Status) -> Status:
-    """What must be written at once: everything but wording and counts."""
-    rows = tuple(replace(each, message="") for each in status.conditions)
+    """What must be written at once: everything but wording and counts. Which word was answered is no wording."""
+    rows = tuple(
+        each if each.type == Condition.ACTION_TAKEN else replace(each, message="")
+        for each in status.conditions
+    )
     return replace(status, conditions=rows, members=MemberCounts(), synced="")
 
 

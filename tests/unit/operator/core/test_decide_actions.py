@@ -102,6 +102,12 @@ def test_to_say_the_same_again_it_is_marked_or_removed_first(paused: Any, again:
     assert paused.serving() == [2, 2, 2, 2]
 
 
+def test_two_words_that_are_refused_alike_are_both_answered_however_soon(make: Any) -> None:
+    fleet = rolled_to(make, 2)
+    for number in range(5):
+        assert say(fleet, f"promote@a/2#{number}")[:2] == ("False", Reason.STALE)
+
+
 def test_a_status_that_is_lost_does_nothing_again(make: Any) -> None:
     """An old annotation, and nobody knows any more that it was answered."""
     fleet = rolled_to(make, 2)
