@@ -273,7 +273,8 @@ async def test_pause_and_resume_wait_for_the_operators_answer(world: Operated, a
 
 async def test_abort_retry_and_rollback_are_answered(world: Operated, apiserver: ApiServer) -> None:
     trainer, agents = await started(world)
-    await asyncio.gather(*(each.until_serving(trainer.publish(1), 20) for each in agents))
+    first = trainer.publish(1)
+    await asyncio.gather(*(each.until_serving(first, 20) for each in agents))
     await world.until_status(lambda s: s["current"]["version"] == 1)
     agents[0].hold(Stop.TRANSFER)
     trainer.publish(2)
@@ -294,6 +295,27 @@ async def test_abort_retry_and_rollback_are_answered(world: Operated, apiserver:
     # The same word again is another word.
     again = await cli(world, apiserver, "rollback", "policy", "--version", "1")
     assert (again.code, "run-1/1 is the current version" in again.err) == (1, True), again
+
+
+async def test_a_canary_is_promoted(world: Operated, apiserver: ApiServer) -> None:
+    steps = {"steps": [{"members": 1, "pause": {}}]}
+    await asyncio.to_thread(lambda: world.objects.weightsync(strategy=steps))
+    await world.start()
+    trainer = await world.trainer()
+    agents = await world.members(2)
+    for each in (trainer, *agents):
+        await each.until(lambda agent: agent.desired is not None)
+    # The first version of all goes to everybody.
+    first = trainer.publish(1)
+    await asyncio.gather(*(each.until_serving(first, 20) for each in agents))
+    await world.until_status(lambda s: s["current"]["version"] == 1)
+    trainer.publish(2)
+    await world.until_condition("Progressing", "CanaryPaused")
+    early = await cli(world, apiserver, "get", "policy", "--watch", "--timeout", "1")
+    assert early.code == 3, "a pause is waited through"
+    promoted = await cli(world, apiserver, "promote", "policy")
+    assert (promoted.code, "run-1/2 goes on after step 1 of 1" in promoted.out) == (0, True), promoted
+    await world.until_status(lambda s: s["current"]["version"] == 2 and s["synced"] == "2/2")
 
 
 async def test_a_pin_is_a_target_and_latest_ends_it(world: Operated, apiserver: ApiServer) -> None:
