@@ -1,10 +1,10 @@
 """A version's tensors, as views of the memory that it is staged in, on the host or on the GPU."""
 
+import mmap
 from collections.abc import Iterator
 
 import torch
 
-from weightsync_contract.manifest import TensorSpec
 from weightsync_engine.worker.state import Attached
 
 
@@ -16,18 +16,13 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def views(attached: Attached) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in wire order, none copied; they keep the memory alive for as long as they are."""
-    manifest = attached.manifest
+    """Every tensor in wire order, none copied, all in one storage; they keep the memory alive while they are."""
+    manifest, memory = attached.manifest, attached.memory
+    image = memory if isinstance(memory, torch.Tensor) else _mapped(memory)
     for spec, offset in zip(manifest.tensors, manifest.offsets, strict=True):
-        yield spec.name, _view(attached, spec, offset)
+        elements = image[offset : offset + spec.nbytes].view(dtype_of(spec.dtype))
+        yield spec.name, elements.view(spec.shape)
 
 
-def _view(attached: Attached, spec: TensorSpec, offset: int) -> torch.Tensor:
-    dtype = dtype_of(spec.dtype)
-    memory = attached.memory
-    if isinstance(memory, torch.Tensor):
-        return memory[offset : offset + spec.nbytes].view(dtype).view(spec.shape)
-    if not spec.nbytes:
-        return torch.empty(spec.shape, dtype=dtype)
-    count = spec.nbytes // dtype.itemsize
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(spec.shape)
+def _mapped(memory: mmap.mmap) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0, dtype=torch.uint8)

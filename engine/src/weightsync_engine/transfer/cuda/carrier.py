@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weightsync_engine.transfer.carriers import Landed, Route
-from weightsync_engine.transfer.cuda.pinned import Pinned, PinningError
+from weightsync_engine.transfer.cuda.pinned import Pinned, PinnedAhead, PinningError
 
 
 class DeviceCarrier:
@@ -46,7 +46,7 @@ class DeviceCarrier:
         image = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
         slots = self._slots_of(longest, count)
         try:
-            pinned = Pinned(memory, nbytes, writable=False)
+            pinned = PinnedAhead(memory, nbytes)
         except PinningError:
             pinned = None
         bounce = (
@@ -56,11 +56,14 @@ class DeviceCarrier:
 
         def piece(start: int, end: int) -> Tensor:
             nonlocal turn
-            source, slot = image[start:end], slots[turn % count][: end - start]
-            if bounce:
+            slot = slots[turn % count][: end - start]
+            if pinned:
+                for begin, until in pinned.parts(start, end):
+                    slot[begin - start : until - start].copy_(image[begin:until], non_blocking=True)
+            else:
                 # Free again, as the slot is: the broadcast that read from it is over.
-                source = bounce[turn % count][: end - start].copy_(source)
-            slot.copy_(source, non_blocking=True)
+                source = bounce[turn % count][: end - start].copy_(image[start:end])
+                slot.copy_(source, non_blocking=True)
             turn += 1
             return slot
 
