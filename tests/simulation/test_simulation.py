@@ -32,7 +32,8 @@ def test_random_lives_of_a_fleet(block: int) -> None:
 def test_without_faults_everybody_gets_every_version_in_few_writes(seed: int) -> None:
     simulation = play(seed, faults=False)
     assert all(simulation.serves(member) for member in simulation.members)
-    assert simulation.history.writes <= 20
+    # Two a step of each version, besides.
+    assert simulation.history.writes <= 20 + 2 * len(simulation.spec.waves) * simulation.versions
 
 
 @pytest.mark.skipif("WEIGHTSYNC_SEED" not in os.environ, reason="no WEIGHTSYNC_SEED to see again")

@@ -45,6 +45,7 @@ class User:
         self.probe = ""
         self.paused: tuple[VersionId, int] | None = None
         self.paused_at = 0.0
+        self.pause_time = ""
         self.promoted: set[tuple[VersionId, int]] = set()
         self.passed: set[tuple[VersionId, int]] = set()
         self.count = 0
@@ -145,7 +146,7 @@ class User:
     def watch(self, before: Status, plan: Plan) -> None:
         """Look at a plan that is about to be carried out."""
         self._returns(before, plan.status)
-        self._steps(before, plan.status)
+        self._steps(plan.status)
         self._wave(plan)
 
     def _returns(self, before: Status, after: Status) -> None:
@@ -165,7 +166,7 @@ class User:
         if failed and self.on_failure is OnFailure.ROLLBACK and before.current is not None:
             self.sim.history.may_return.add(VersionId(before.current.run, before.current.version))
 
-    def _steps(self, before: Status, after: Status) -> None:
+    def _steps(self, after: Status) -> None:
         """A paused rollout goes on by time, check and promotion only."""
         rollout = after.rollout
         if rollout is None or rollout.step_index is None or rollout.outcome is not Outcome.IN_PROGRESS:
@@ -176,10 +177,8 @@ class User:
             self._may_go_on(self.paused)
         if not rollout.pause_time:
             self.paused = None
-        elif self.paused != (version, step) or rollout.pause_time != getattr(
-            before.rollout, "pause_time", ""
-        ):
-            self.paused, self.paused_at = (version, step), self.clock.now
+        elif self.paused != (version, step) or rollout.pause_time != self.pause_time:
+            self.paused, self.paused_at, self.pause_time = (version, step), self.clock.now, rollout.pause_time
             self.promoted.discard(self.paused)
             self.passed.discard(self.paused)
 

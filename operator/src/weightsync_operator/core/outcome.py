@@ -45,7 +45,7 @@ def begin(
         back=back,
         waves=() if at_once else spec.waves,
         wave=wave,
-        reached=tuple(member.uid for member in scope if member.serving.version == target.version),
+        reached=tuple(uid for uid, each in facts.members.items() if each.serving.version == target.version),
     )
     allowed = state.memory.allowed
     if not catch_up and target.version not in allowed:

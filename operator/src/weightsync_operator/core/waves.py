@@ -32,6 +32,8 @@ def chosen(facts: Facts, round_: Round, serving: list[Member], holding: list[Mem
     Nobody takes the place of one that had the target and lost it, before the last wave: else a version of which
     engines die would go from one to the next.
     """
+    if round_.wave >= len(round_.waves):
+        return holding
     had = {*round_.reached, *round_.fallen} & facts.members.keys()
     lost = had - {member.uid for member in serving}
     again = [member for member in holding if member.uid in lost]
