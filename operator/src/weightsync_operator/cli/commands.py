@@ -102,7 +102,8 @@ class Commands:
             # An API server that restarts is no end of a rollout.
             print(error, file=sys.stderr)
             return None, None
-        return judge(document), await self._page(live, document)
+        page = await self._page(live, document)
+        return judge(document, page.phase if page.live else ""), page
 
     async def _verb(self, verb: Verb) -> Exit:
         name = self._given.name

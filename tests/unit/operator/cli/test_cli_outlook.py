@@ -59,3 +59,11 @@ def test_an_older_generations_status_says_nothing() -> None:
 
 def test_a_new_object_is_waited_for() -> None:
     assert judge({"metadata": {"generation": 1}}) is None
+
+
+def test_what_the_operator_does_now_counts_before_the_status_shows_it() -> None:
+    resting = document(SYNCED, COMPLETE)
+    assert judge(resting, "Transferring") is None
+    verdict = judge(resting, "Complete")
+    assert verdict is not None
+    assert verdict.exit is Exit.DONE

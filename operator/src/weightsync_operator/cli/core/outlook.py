@@ -43,15 +43,18 @@ def seen(document: Document) -> bool:
     return int(status.get("observedGeneration", 0)) >= int(document["metadata"].get("generation", 0))
 
 
-def judge(document: Document) -> Verdict | None:
-    """None while it is under way, or waits for something that may still come."""
+def judge(document: Document, live_phase: str = "") -> Verdict | None:
+    """None while it is under way, or waits for something that may still come.
+
+    ``live_phase``: what the operator says it does now, if it could be asked: the status shows what lasts only.
+    """
     rows = conditions(document)
     ready, progressing = rows.get(Condition.READY), rows.get(Condition.PROGRESSING)
     if ready is None or progressing is None or not seen(document):
         return None
     if progressing.status == "False" and progressing.reason in FAILURES:
         return Verdict(Exit.FAILED, f"{progressing.reason}: {progressing.message}")
-    if ready.status != "True":
+    if ready.status != "True" or (live_phase and live_phase != progressing.reason):
         return None
     if ready.reason == Reason.NO_MEMBERS:
         return Verdict(Exit.DONE, ready.message)
