@@ -164,14 +164,14 @@ async def test_paused_begins_nothing_new(world: Operated) -> None:
 
 
 async def test_a_field_of_a_later_release_moves_nothing_and_says_so(world: Operated) -> None:
-    spec = {"strategy": {"steps": [{"members": 1}]}}
+    spec: dict[str, Any] = {"dataPlane": {"type": "Engine"}, "verification": "None"}
     await asyncio.to_thread(lambda: world.objects.weightsync(**spec))
     await world.start()
     trainer = await world.trainer()
     agents = await world.members(1)
     trainer.publish(1)
     message = await world.until_condition("Ready", "Unsupported")
-    assert "strategy.steps" in message
+    assert "dataPlane.type Engine" in message
     assert "0.2" in message
     await asyncio.sleep(0.5)
     assert agents[0].served == []

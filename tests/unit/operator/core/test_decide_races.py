@@ -406,7 +406,7 @@ def test_paused_starts_no_catch_up(synced: Any) -> None:
 
 
 def test_unsupported_moves_nothing_and_names_the_field(synced: Any) -> None:
-    synced.spec = replace(synced.spec, unsupported=("strategy.steps (planned for 0.2)",))
+    synced.spec = replace(synced.spec, unsupported=("dataPlane.type Engine (planned for 0.2)",))
     synced.generation += 1
     synced.publish(2)
     plan = synced.decide()
@@ -414,7 +414,7 @@ def test_unsupported_moves_nothing_and_names_the_field(synced: Any) -> None:
     for type_ in (Condition.READY, Condition.PROGRESSING):
         status, reason, message = synced.condition(type_)
         assert (status, reason) == ("False", Reason.UNSUPPORTED)
-        assert "strategy.steps (planned for 0.2)" in message
+        assert "dataPlane.type Engine (planned for 0.2)" in message
     assert synced.status.observed_generation == 2
     synced.spec = replace(synced.spec, unsupported=())
     synced.generation += 1
