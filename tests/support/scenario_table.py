@@ -40,6 +40,9 @@ class Table:
         if path.suffix != ".md":
             path.write_text(json.dumps(self.rows, indent=1) + "\n")
             return
+        if not path.exists():
+            path.write_text(self.markdown())
+            return
         head, mark, rest = path.read_text().partition(MARK)
         assert mark, f"{path} has no line that begins with {MARK!r}"
         path.write_text(f"{head}{mark}{rest.splitlines()[0]}\n\n{self.markdown()}")
