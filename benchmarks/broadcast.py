@@ -37,20 +37,27 @@ RAW_PIECE = 256 << 20
 Shapes = list[tuple[str, tuple[int, ...]]]
 
 
+def attention(layer: int, hidden: int, heads: int, kv: int) -> Shapes:
+    """What a layer of Qwen3 has besides its experts or its MLP."""
+    return [
+        (f"{layer}.q", (heads * 128, hidden)),
+        (f"{layer}.k", (kv * 128, hidden)),
+        (f"{layer}.v", (kv * 128, hidden)),
+        (f"{layer}.o", (hidden, heads * 128)),
+        (f"{layer}.q_norm", (128,)),
+        (f"{layer}.k_norm", (128,)),
+        (f"{layer}.in", (hidden,)),
+        (f"{layer}.post", (hidden,)),
+    ]
+
+
 def dense8b() -> Shapes:
     """Qwen3-8B's: 399 tensors, 16.4 GB in bfloat16."""
     hidden, heads, kv, wide, layers, vocabulary = 4096, 32, 8, 12288, 36, 151936
     found: Shapes = [("embed", (vocabulary, hidden)), ("head", (vocabulary, hidden)), ("norm", (hidden,))]
     for layer in range(layers):
         found += [
-            (f"{layer}.q", (heads * 128, hidden)),
-            (f"{layer}.k", (kv * 128, hidden)),
-            (f"{layer}.v", (kv * 128, hidden)),
-            (f"{layer}.o", (hidden, heads * 128)),
-            (f"{layer}.q_norm", (128,)),
-            (f"{layer}.k_norm", (128,)),
-            (f"{layer}.in", (hidden,)),
-            (f"{layer}.post", (hidden,)),
+            *attention(layer, hidden, heads, kv),
             (f"{layer}.gate", (wide, hidden)),
             (f"{layer}.up", (wide, hidden)),
             (f"{layer}.down", (hidden, wide)),
@@ -59,19 +66,12 @@ def dense8b() -> Shapes:
 
 
 def moe(layers: int = 32) -> Shapes:
-    """Qwen3-30B-A3B's with fewer layers, so that both sides fit on one GPU: 12,547 tensors, 41 GB at 32."""
+    """Qwen3-30B-A3B's with fewer layers, so that both sides fit on one GPU: 12,579 tensors, 41 GB at 32."""
     hidden, heads, kv, wide, experts, vocabulary = 2048, 32, 4, 768, 128, 151936
     found: Shapes = [("embed", (vocabulary, hidden)), ("head", (vocabulary, hidden)), ("norm", (hidden,))]
     for layer in range(layers):
         found += [
-            (f"{layer}.q", (heads * 128, hidden)),
-            (f"{layer}.k", (kv * 128, hidden)),
-            (f"{layer}.v", (kv * 128, hidden)),
-            (f"{layer}.o", (hidden, heads * 128)),
-            (f"{layer}.q_norm", (128,)),
-            (f"{layer}.k_norm", (128,)),
-            (f"{layer}.in", (hidden,)),
-            (f"{layer}.post", (hidden,)),
+            *attention(layer, hidden, heads, kv),
             (f"{layer}.router", (experts, hidden)),
         ]
         for expert in range(experts):

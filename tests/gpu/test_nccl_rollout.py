@@ -1,13 +1,11 @@
 """Real agents, real NCCL and a real engine on one GPU, with the two ways of staging; only the operator is scripted."""
 
 import pytest
-from agent_fleet import SECONDS, AgentProcess, Fleet
-from engine_server import EngineServer
-from scripted_operator import scripted_operator
+from agent_fleet import SECONDS, run_pair
+from engine_server import EngineServer, tokens_of
 
 from weightsync_contract.messages import Phase, Staging, TransferState, Transport
 from weightsync_contract.reasons import FailureCode
-from weightsync_engine.permit import Mode
 from weightsync_engine.reference.model_files import TINY, random_weights, write_checkpoint
 from weightsync_engine.worker.arena import VARIABLE
 
@@ -24,13 +22,7 @@ def expected(tmp_path_factory):
     for version, weights in WEIGHTS.items():
         home = tmp_path_factory.mktemp(f"expected-{version}")
         write_checkpoint(home / "model", TINY, 0, weights)
-        server = EngineServer("reference", home / "model", home, 1, *CUDA)
-        try:
-            server.start()
-            server.permit(Mode.SERVE)
-            found[version] = server.complete().tokens
-        finally:
-            server.stop()
+        found[version] = tokens_of(home / "model", home, *CUDA)
     assert found[1] != found[2]
     return found
 
@@ -62,28 +54,9 @@ def rate():
 
 @pytest.fixture
 async def fleet(tmp_path, engine, staging, rate):
-    async with scripted_operator() as operator:
-        agents = {
-            "trainer": AgentProcess("trainer", tmp_path, operator, "--limit-rate", rate),
-            "member": AgentProcess(
-                "member", tmp_path, operator, "--engine-url", engine.url, directory=engine.directory
-            ),
-        }
-        try:
-            for agent in agents.values():
-                await agent.start()
-            for name in agents:
-                await operator.until(name, lambda told: told.ranks == 1, "up", SECONDS)
-                await operator.want(name, transport=Transport(backend="NCCL", staging=staging))
-            yield Fleet(operator, agents)
-        except BaseException:
-            for agent in agents.values():
-                print(f"---- {agent.name}\n{agent.log()}")
-            print(engine.process.tail(40))
-            raise
-        finally:
-            for agent in agents.values():
-                await agent.kill()
+    transport = Transport(backend="NCCL", staging=staging)
+    async with run_pair(tmp_path, engine, "--limit-rate", rate, transport=transport) as fleet:
+        yield fleet
 
 
 async def test_two_versions_are_brought_and_served(fleet, engine, expected):

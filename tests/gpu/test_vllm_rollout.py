@@ -4,9 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from agent_fleet import SECONDS, AgentProcess, Fleet
+from agent_fleet import run_pair
 from engine_server import EngineServer, need_vllm
-from scripted_operator import scripted_operator
 
 from weightsync_contract.messages import Staging, Transport
 from weightsync_engine.permit import Mode
@@ -77,28 +76,9 @@ async def engine(tmp_path, monkeypatch, staging):
 
 @pytest.fixture
 async def fleet(tmp_path, engine, staging):
-    async with scripted_operator() as operator:
-        agents = {
-            "trainer": AgentProcess("trainer", tmp_path, operator),
-            "member": AgentProcess(
-                "member", tmp_path, operator, "--engine-url", engine.url, directory=engine.directory
-            ),
-        }
-        try:
-            for agent in agents.values():
-                await agent.start()
-            for name in agents:
-                await operator.until(name, lambda told: told.ranks == 1, "up", SECONDS)
-                await operator.want(name, transport=Transport(backend="NCCL", staging=staging))
-            yield Fleet(operator, agents)
-        except BaseException:
-            for agent in agents.values():
-                print(f"---- {agent.name}\n{agent.log()}")
-            print(engine.process.tail(60))
-            raise
-        finally:
-            for agent in agents.values():
-                await agent.kill()
+    transport = Transport(backend="NCCL", staging=staging)
+    async with run_pair(tmp_path, engine, transport=transport) as fleet:
+        yield fleet
 
 
 async def test_versions_are_brought_over_nccl_and_answered_as_by_a_fresh_vllm(fleet, engine, expected):

@@ -15,13 +15,11 @@ from weightsync_contract.reasons import FailureCode
 if os.environ.get("CI") != "true":
     pytest.importorskip("torch", reason="the reference engine is torch")
 
-from agent_fleet import SECONDS, AgentProcess, Fleet, eventually
-from engine_server import EngineServer
-from scripted_operator import scripted_operator
+from agent_fleet import SECONDS, eventually, run_pair
+from engine_server import EngineServer, tokens_of
 
 from weightsync_engine.agent.core.journal import Record
 from weightsync_engine.agent.journal import JournalFile
-from weightsync_engine.permit import Mode
 from weightsync_engine.reference.model_files import TINY, random_weights, write_checkpoint
 
 WEIGHTS = {version: random_weights(TINY, 20 + version) for version in (1, 2)}
@@ -34,13 +32,7 @@ def expected(tmp_path_factory):
     for version, weights in WEIGHTS.items():
         home = tmp_path_factory.mktemp(f"expected-{version}")
         write_checkpoint(home / "model", TINY, 0, weights)
-        server = EngineServer("reference", home / "model", home)
-        try:
-            server.start()
-            server.permit(Mode.SERVE)
-            found[version] = server.complete().tokens
-        finally:
-            server.stop()
+        found[version] = tokens_of(home / "model", home)
     assert found[1] != found[2]
     return found
 
@@ -56,26 +48,8 @@ async def engine(tmp_path):
 
 @pytest.fixture
 async def fleet(tmp_path, engine):
-    async with scripted_operator() as operator:
-        agents = {
-            "trainer": AgentProcess("trainer", tmp_path, operator),
-            "member": AgentProcess(
-                "member", tmp_path, operator, "--engine-url", engine.url, directory=engine.directory
-            ),
-        }
-        try:
-            for agent in agents.values():
-                await agent.start()
-            for name in agents:
-                await operator.until(name, lambda told: told.ranks == 1, "up", SECONDS)
-            yield Fleet(operator, agents)
-        except BaseException:
-            for agent in agents.values():
-                print(f"---- {agent.name}\n{agent.log()}")
-            raise
-        finally:
-            for agent in agents.values():
-                await agent.kill()
+    async with run_pair(tmp_path, engine) as fleet:
+        yield fleet
 
 
 class Asking(threading.Thread):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy
+from engine_server import EngineServer
 from file_engine import FileEngine, new_engine
 from scripted_operator import ScriptedOperator, scripted_operator
 
@@ -209,24 +210,62 @@ class Fleet:
 
 
 @asynccontextmanager
-async def run_fleet(root: Path, *trainer_arguments: str) -> AsyncIterator[Fleet]:
+async def _running(
+    make: Callable[[ScriptedOperator], dict[str, AgentProcess]], **wants: object
+) -> AsyncIterator[Fleet]:
+    """Agents that are up, told ``wants``; killed at the end, their logs shown if that was an error."""
     async with AsyncExitStack() as stack:
         operator = await stack.enter_async_context(scripted_operator())
-        agents = {
-            "trainer": AgentProcess("trainer", root, operator, *trainer_arguments),
-            **{name: AgentProcess(name, root, operator) for name in MEMBERS},
-        }
-        for agent in agents.values():
-            await agent.start()
-            stack.push_async_callback(agent.kill)
-        for name in agents:
-            await operator.until(name, lambda told: told.ranks == 1, "up", SECONDS)
+        agents = make(operator)
         try:
+            for agent in agents.values():
+                await agent.start()
+                stack.push_async_callback(agent.kill)
+            for name in agents:
+                await operator.until(name, lambda told: told.ranks == 1, "up", SECONDS)
+                if wants:
+                    await operator.want(name, **wants)
             yield Fleet(operator, agents)
         except BaseException:
             for agent in agents.values():
                 print(f"---- {agent.name}\n{agent.log()}")
             raise
+
+
+@asynccontextmanager
+async def run_fleet(root: Path, *trainer_arguments: str) -> AsyncIterator[Fleet]:
+    """A trainer's agent and two members with fake engines."""
+
+    def make(operator: ScriptedOperator) -> dict[str, AgentProcess]:
+        return {
+            "trainer": AgentProcess("trainer", root, operator, *trainer_arguments),
+            **{name: AgentProcess(name, root, operator) for name in MEMBERS},
+        }
+
+    async with _running(make) as fleet:
+        yield fleet
+
+
+@asynccontextmanager
+async def run_pair(
+    root: Path, engine: EngineServer, *trainer_arguments: str, **wants: object
+) -> AsyncIterator[Fleet]:
+    """A trainer's agent and the agent of one real engine; both are told ``wants`` as soon as they are up."""
+
+    def make(operator: ScriptedOperator) -> dict[str, AgentProcess]:
+        return {
+            "trainer": AgentProcess("trainer", root, operator, *trainer_arguments),
+            "member": AgentProcess(
+                "member", root, operator, "--engine-url", engine.url, directory=engine.directory
+            ),
+        }
+
+    try:
+        async with _running(make, **wants) as fleet:
+            yield fleet
+    except BaseException:
+        print(engine.process.tail(60))
+        raise
 
 
 async def eventually(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:

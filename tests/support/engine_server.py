@@ -167,6 +167,17 @@ class EngineServer:
         return self.request("POST", "/v1/completions", completion(tokens, prompt, **more))
 
 
+def tokens_of(model: Path, home: Path, *arguments: str) -> list[int]:
+    """What a reference engine answers that was started from a checkpoint."""
+    server = EngineServer("reference", model, home, 1, *arguments)
+    try:
+        server.start()
+        server.permit(Mode.SERVE)
+        return server.complete().tokens
+    finally:
+        server.stop()
+
+
 @dataclass
 class Stream:
     """A streamed completion, read on a thread."""

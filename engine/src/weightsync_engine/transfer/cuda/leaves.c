@@ -2,7 +2,7 @@
  *
  * After xxHash's specification, for inputs of more than 240 bytes, without a seed. Every leaf but the last is
  * LEAF_BYTES long; the last is a multiple of 64 bytes and longer than 240, as the end of a flat image is. The tables of
- * the secret's words come from leaves.py. It is C that a CPU's compiler takes too: so it is tested without a GPU.
+ * the secret's words come from source.py. It is C that a CPU's compiler takes too: so it is tested without a GPU.
  */
 
 #ifdef __CUDACC__
